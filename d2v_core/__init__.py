@@ -1,0 +1,93 @@
+"""d2v_core: data2vec for any modality, as parts.
+
+The names below are what plugin authors and library users import. They load on first use, so that
+`import d2v_core` and the command line stay quick: only what touches tensors imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from d2v_core.contract import (
+        BadSample,
+        Batch,
+        Batching,
+        Dataset,
+        FeatureEncoder,
+        Layout,
+        Masks,
+        Modality,
+        Predictor,
+        ProbeTask,
+        Tokens,
+    )
+    from d2v_core.data2vec import Data2Vec, LinearPredictor
+    from d2v_core.errors import UserError
+    from d2v_core.loss import RegressionLoss
+    from d2v_core.masking import SpanMasking, span_mask
+    from d2v_core.positions import ConvPositions
+    from d2v_core.run import load
+    from d2v_core.targets import TopKTargets
+    from d2v_core.teacher import EMATeacher
+    from d2v_core.transformer import Transformer
+
+_HOME = {
+    "BadSample": "contract",
+    "Batch": "contract",
+    "Batching": "contract",
+    "Dataset": "contract",
+    "FeatureEncoder": "contract",
+    "Layout": "contract",
+    "Masks": "contract",
+    "Modality": "contract",
+    "Predictor": "contract",
+    "ProbeTask": "contract",
+    "Tokens": "contract",
+    "Data2Vec": "data2vec",
+    "LinearPredictor": "data2vec",
+    "UserError": "errors",
+    "RegressionLoss": "loss",
+    "SpanMasking": "masking",
+    "span_mask": "masking",
+    "ConvPositions": "positions",
+    "load": "run",
+    "TopKTargets": "targets",
+    "EMATeacher": "teacher",
+    "Transformer": "transformer",
+}
+
+__all__ = [
+    "BadSample",
+    "Batch",
+    "Batching",
+    "ConvPositions",
+    "Data2Vec",
+    "Dataset",
+    "EMATeacher",
+    "FeatureEncoder",
+    "Layout",
+    "LinearPredictor",
+    "Masks",
+    "Modality",
+    "Predictor",
+    "ProbeTask",
+    "RegressionLoss",
+    "SpanMasking",
+    "Tokens",
+    "TopKTargets",
+    "Transformer",
+    "UserError",
+    "__version__",
+    "load",
+    "span_mask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'd2v_core' has no attribute {name!r}")
+    return getattr(import_module(f"d2v_core.{_HOME[name]}"), name)

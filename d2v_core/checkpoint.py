@@ -1,0 +1,116 @@
+"""Checkpoints: one folder per step, complete or not there.
+
+    checkpoints/step-00000500/model.safetensors     student and predictor
+                              teacher.safetensors   what the teacher does not share with the student
+                              state.pt              optimizer and counters, loads with weights_only=True
+                              meta.json             format number, versions; written last
+
+A folder is written under a temporary name, flushed to the disk and renamed, so that an interruption leaves either the
+whole checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from d2v_core import __version__
+from d2v_core.errors import UserError
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one folder holds."""
+
+    model: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def step_of(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder} is not the name of a checkpoint")
+    return int(match.group(1))
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints under `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / "meta.json").is_file())
+
+
+def save(root: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write one checkpoint, then delete all but the newest `keep`. Raises OSError with older ones untouched."""
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step-{step:08d}"
+    if (final / "meta.json").is_file():
+        return final
+    temporary = root / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_file(_plain(checkpoint.model), temporary / "model.safetensors")
+        save_file(_plain(checkpoint.teacher), temporary / "teacher.safetensors")
+        torch.save(checkpoint.state, temporary / "state.pt")
+        meta = {"format": FORMAT, "d2v": __version__, "torch": str(torch.__version__), "step": step}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _flush(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
+    """Raises UserError naming the file that is missing, damaged or of an unknown format."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta.get("format") != FORMAT:
+            raise UserError(
+                f"{folder} has checkpoint format {meta.get('format')}, this d2v ({__version__}) reads format {FORMAT}. "
+                "Install the version that wrote it."
+            )
+        where = "cpu" if device is None else str(device)
+        return Checkpoint(
+            load_file(folder / "model.safetensors", device=where),
+            load_file(folder / "teacher.safetensors", device=where),
+            cast("dict[str, Any]", torch.load(folder / "state.pt", map_location="cpu", weights_only=True)),
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        raise UserError(f"The checkpoint {folder} cannot be read: {error}. Delete it to use the one before.") from error
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,114 @@
+"""The command line. Imports torch only inside a verb that needs it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2v_core import __version__, plugins
+from d2v_core.errors import UserError
+
+HELP = f"""d2v {__version__}: data2vec for any modality
+
+  d2v run modality=NAME [key=value ...]      pre-train; with no data.path on the modality's own built-in data
+  d2v config modality=NAME [key=value ...]   print the resolved configuration, a sentence for each option
+  d2v modalities                             what is installed, from which distribution
+  d2v --version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 only where what was asked is done, 2 for an error of the user's to mend."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"d2v: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("d2v: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        commands = plugins.installed(plugins.COMMANDS)
+        print(HELP, end="")
+        if commands:
+            print("\nBrought by plugins (d2v VERB --help says more):")
+            for command in commands:
+                print(f"  d2v {command.name:<39}from {command.distribution} {command.version}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb in ("--version", "version"):
+        print(f"d2v {__version__}")
+        return 0
+    if verb == "modalities":
+        return _modalities()
+    if verb in ("run", "config") and {"-h", "--help"} & set(rest):
+        print(HELP, end="")
+        return 0
+    if verb == "config":
+        from d2v_core.config import load_config
+
+        print(load_config(rest)[0].to_yaml(comments=True), end="")
+        return 0
+    if verb == "run":
+        return _run(rest)
+    return _plugin_command(verb, rest)
+
+
+def _modalities() -> int:
+    found = plugins.installed()
+    if not found:
+        print("No modality is installed.")
+        return 0
+    width = max(len(p.name) for p in found)
+    for p in found:
+        print(f"{p.name:<{width}}  {p.distribution} {p.version}  {p.origin}")
+    return 0
+
+
+def _plugin_command(verb: str, rest: Sequence[str]) -> int:
+    """A verb that a plugin brings: `d2v.commands` names a function from arguments to an exit status."""
+    known = ["run", "config", "modalities", *(p.name for p in plugins.installed(plugins.COMMANDS))]
+    if verb not in known:
+        import difflib
+
+        near = difflib.get_close_matches(verb, known, 1)
+        raise UserError(
+            f"{verb!r} is not a command. There are: {', '.join(known)}." + (f" Did you mean {near[0]}?" if near else "")
+        )
+    entry = plugins.find(verb, plugins.COMMANDS)
+    module, _, function = entry.value.partition(":")
+    try:
+        command = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        name = entry.dist.name if entry.dist else "its distribution"
+        raise UserError(f"The command {verb!r} from {name} cannot be loaded ({entry.value}): {error}.") from error
+    return int(command(list(rest)))
+
+
+def _run(argv: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from d2v_core.config import load_config
+
+    config, kind = load_config(argv)
+    from d2v_core.runfolder import open_run
+
+    console = Console()
+    folder = open_run(config)
+    if folder.done:
+        console.print(f"{folder.path} is already complete; nothing to do.", soft_wrap=True, highlight=False)
+        return 0
+    console.print(f"d2v {__version__}: {config.modality}, preset {config.preset}, in {folder.path}", highlight=False)
+    from d2v_core.trainer import Trainer
+
+    return Trainer(kind(config), Path(folder.path), console).fit()

@@ -1,0 +1,424 @@
+"""The configuration of a run: dataclasses are the schema, YAML files are recipes, `key=value` has the last word.
+
+The only module that imports omegaconf. A modality adds sections of its own (`Modality.sections`); a name that nobody
+declared is an error with the nearest name, whether it stands in a recipe or on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from d2v_core.errors import UserError
+
+if TYPE_CHECKING:
+    from d2v_core.contract import Modality
+
+T = TypeVar("T")
+Norm = Literal["instance", "layer", "batch", "group"]
+
+
+def opt(default: T, doc: str) -> T:
+    """A dataclass field with a sentence of documentation, which `d2v config` prints."""
+    if isinstance(default, list):
+        items = cast("list[Any]", default)
+        return cast("T", field(default_factory=lambda: list(items), metadata={"doc": doc}))
+    return cast("T", field(default=default, metadata={"doc": doc}))
+
+
+@dataclass
+class ModelConfig:
+    """The transformer."""
+
+    embed_dim: int = opt(768, "Width D.")
+    num_layers: int = opt(12, "Blocks.")
+    num_heads: int = opt(12, "Attention heads.")
+    mlp_ratio: float = opt(4.0, "Hidden width of the feed-forward network over embed_dim.")
+    norm: Literal["post", "pre"] = opt("post", "Layer norm after each residual sum, or before each branch.")
+    norm_eps: float = opt(1e-5, "Added to the variance in layer norms.")
+    attention_bias: Literal["qkv", "qv"] = opt("qkv", "Which projections have a bias.")
+    layer_scale: float | None = opt(None, "Initial value of a learned scale of each residual branch; null = none.")
+    dropout: float = opt(0.0, "After attention, after the feed-forward network and before the first block.")
+    attention_dropout: float = opt(0.0, "Of the attention weights.")
+    activation_dropout: float = opt(0.0, "Inside the feed-forward network.")
+    layer_drop: float = opt(0.0, "Probability that a block of the student is left out of a forward pass.")
+    drop_path: float = opt(0.0, "Stochastic depth of the last block, growing linearly from 0 at the first.")
+
+
+@dataclass
+class TargetConfig:
+    """What the student regresses."""
+
+    top_k_layers: int = opt(8, "Teacher layers averaged, counted from the output side.")
+    tap: Literal["ffn", "block"] = opt("ffn", "Feed-forward output before the residual sum, or the block's output.")
+    layer_norms: list[Norm] = opt([], "Norms of each layer before averaging, in order: instance, layer, batch, group.")
+    mean_norms: list[Norm] = opt([], "Norms of the average, in order.")
+    padding_in_stats: bool = opt(
+        False, "Let padded tokens into the statistics of the norms, as fairseq does; only of use for comparison."
+    )
+    official_axes: bool = opt(
+        False,
+        "Reproduce fairseq's group and instance norms where, for lack of a transpose, they run over the samples of "
+        "the batch.",
+    )
+
+
+@dataclass
+class LossConfig:
+    """The regression loss."""
+
+    beta: float = opt(0.0, "Threshold of smooth L1; 0 = squared error.")
+    scale: str = opt(
+        "inverse_sqrt", "Factor of the sum over channels: inverse_sqrt = 1/sqrt(D), mean = 1/D, sum = 1, or a number."
+    )
+
+
+@dataclass
+class TeacherConfig:
+    """The moving average."""
+
+    ema_decay: float = opt(0.999, "Decay at the start.")
+    ema_end_decay: float = opt(0.9999, "Decay from ema_anneal_steps on; 1 freezes the teacher.")
+    ema_anneal_steps: int | None = opt(None, "Updates over which the decay grows linearly; null = train.max_steps.")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = opt(5e-4, "Peak learning rate.")
+    betas: list[float] = opt([0.9, 0.98], "Decay of the first and second moments.")
+    eps: float = opt(1e-6, "Added to the root of the second moment.")
+    official_eps: bool = opt(
+        False,
+        "Add eps before the bias correction of the second moment, as fairseq's Adam does (in its first steps a larger "
+        "eps than torch's AdamW has).",
+    )
+    weight_decay: float = opt(0.01, "Decoupled weight decay.")
+    decay_all: bool = opt(True, "Decay biases, norms and other vectors too; false = matrices only.")
+    clip_grad_norm: float | None = opt(None, "Largest global gradient norm; null = no clipping.")
+    schedule: Literal["tri_stage", "cosine", "linear", "constant"] = opt("cosine", "Shape of the learning rate.")
+    warmup_ratio: float = opt(0.05, "Share of train.max_steps spent on warm-up.")
+    hold_ratio: float = opt(0.9, "Share of train.max_steps at the peak (tri_stage).")
+    initial_lr_ratio: float = opt(0.01, "First learning rate over the peak (tri_stage).")
+    final_lr_ratio: float = opt(0.0, "Last learning rate over the peak; above 0 for tri_stage.")
+
+
+@dataclass
+class GuardConfig:
+    """Stops a run whose representation collapses."""
+
+    after_steps: int = opt(5000, "Steps before the guard watches.")
+    min_target_std: float = opt(0.1, "Least target_std.")
+    min_pred_std: float = opt(0.01, "Least pred_std.")
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    max_steps: int = opt(1000, "Optimizer updates.")
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA where there is a device.")
+    precision: Literal["fp32", "bf16", "fp16"] = opt("fp32", "Autocast type; weights, teacher and loss stay float32.")
+    compile: bool = opt(False, "torch.compile the transformer blocks.")
+    num_threads: int = opt(0, "CPU threads; 0 = torch's choice. Bits of a result depend on it.")
+    num_workers: int = opt(1, "Processes that read and mask data; 0 = the training process itself.")
+    log_every: int = opt(10, "Steps between lines of metrics.jsonl.")
+    checkpoint_every: int = opt(500, "Steps between checkpoints; one more is written at the end.")
+    keep_checkpoints: int = opt(2, "Newest checkpoints kept; older ones are deleted.")
+    tensorboard: bool = opt(True, "Also write TensorBoard events.")
+    probe: bool = opt(True, "End by scoring the network and its untrained twin on the modality's probe.")
+
+
+CORE_SECTIONS: Mapping[str, type] = {
+    "model": ModelConfig,
+    "target": TargetConfig,
+    "loss": LossConfig,
+    "teacher": TeacherConfig,
+    "optim": OptimConfig,
+    "guard": GuardConfig,
+    "train": TrainConfig,
+}
+KEYS: Mapping[str, tuple[Any, str]] = {
+    "modality": ("", "What kind of data: a name that `d2v modalities` lists."),
+    "preset": ("tiny", "Recipe of the modality: sizes and hyper-parameters."),
+    "stage": ("pretrain", "What to do."),
+    "encoder": ("", "Feature encoder; empty = the recipe's."),
+    "from": (None, "Run folder whose weights this run starts from, on new data; null = from scratch."),
+    "out": (None, "Run folder; null = a new one under runs/."),
+    "seed": (0, "Of every random choice."),
+    "resume": ("never", "never = start anew in an empty folder; auto = go on with the run in `out` if there is one."),
+}
+STAGES = ("pretrain",)
+RESUME = ("never", "auto")
+
+
+@dataclass
+class RunConfig:
+    """A resolved configuration. Read it, do not write to it: what follows from it is a function of it."""
+
+    modality: str
+    preset: str
+    stage: str
+    encoder: str
+    from_run: str | None
+    out: str | None
+    seed: int
+    resume: str
+    model: ModelConfig
+    target: TargetConfig
+    loss: LossConfig
+    teacher: TeacherConfig
+    optim: OptimConfig
+    guard: GuardConfig
+    train: TrainConfig
+    sections: dict[str, Any]
+    """The modality's own sections, by name."""
+
+    def section(self, name: str, kind: type[T]) -> T:
+        """A section of the modality, checked: `config.section("data", MyData)`."""
+        value = self.sections.get(name)
+        if not isinstance(value, kind):
+            raise TypeError(f"section {name!r} is {type(value).__name__}, expected {kind.__name__}")
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values in the order in which they are documented, with the keys that the user types."""
+        out: dict[str, Any] = {key: getattr(self, "from_run" if key == "from" else key) for key in KEYS}
+        for name in CORE_SECTIONS:
+            out[name] = dataclasses.asdict(getattr(self, name))
+        for name, section in self.sections.items():
+            out[name] = dataclasses.asdict(section)
+        return out
+
+    def to_yaml(self, comments: bool = False) -> str:
+        """With comments, each field's sentence stands above it."""
+        from omegaconf import OmegaConf
+
+        text = OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+        return _with_comments(text, self) if comments else text
+
+
+def parse_arguments(argv: Sequence[str]) -> dict[str, str]:
+    """`key=value` words to a mapping. Raises UserError for anything else."""
+    values: dict[str, str] = {}
+    for word in argv:
+        key, equals, value = word.partition("=")
+        key = key.strip()
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+            raise UserError(
+                f"{word!r} is not of the form key=value. Options are written like train.max_steps=100; "
+                "`d2v config modality=NAME` lists them all."
+            )
+        if key in values:
+            raise UserError(f"{key} is given twice: {values[key]!r} and {value!r}. Give it once.")
+        values[key] = value
+    return values
+
+
+def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig, type[Modality[Any]]]:
+    """Defaults, then the preset, then the command line.
+
+    modality_of: function from a name to its class; the installed plugins by default.
+    Raises UserError naming the key, what was given and what is possible.
+    """
+    from d2v_core import plugins
+
+    values = parse_arguments(argv)
+    name = values.get("modality", "")
+    if not name:
+        raise UserError(
+            "modality is missing: write for example `d2v run modality=NAME`. "
+            f"Installed: {', '.join(plugins.names()) or 'none'}."
+        )
+    modality = cast("type[Modality[Any]]", (modality_of or plugins.load)(name))
+    preset = values.get("preset", cast("str", KEYS["preset"][0]))
+    recipe = _read_recipe(modality, preset)
+    encoder = values.get("encoder", "") or str(recipe.get("encoder", "")) or modality.encoders[0]
+    if encoder not in modality.encoders:
+        raise UserError(
+            f"encoder={encoder!r} is not one of {name}'s: {', '.join(modality.encoders)}.{_hint(encoder, modality.encoders)}"
+        )
+    return _merge(modality, recipe, {**values, "encoder": encoder}, f"preset {preset}"), modality
+
+
+def from_dict(stored: Mapping[str, Any], modality: type[Modality[Any]], source: str) -> RunConfig:
+    """A configuration that was written with `to_yaml`, checked like any other. `source` names it in errors."""
+    values = dict(stored)
+    if not values.get("encoder"):
+        raise UserError(f"{source} has no key `encoder`; it is not the config.yaml of a run.")
+    return _merge(modality, values, {}, source, str(values["encoder"]))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises UserError where the file is missing, is no YAML or holds no mapping."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (OmegaConfBaseException, OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    except Exception as error:  # yaml's own errors derive from Exception alone
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds no mapping of keys to values.")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def check(config: RunConfig) -> RunConfig:
+    """What types cannot say. Raises UserError."""
+    problems: list[str] = []
+
+    def at_least(key: str, value: float, least: float) -> None:
+        if value < least:
+            problems.append(f"{key}={value} must be at least {least}")
+
+    def within(key: str, value: float, low: float, high: float) -> None:
+        if not low <= value <= high:
+            problems.append(f"{key}={value} must lie between {low} and {high}")
+
+    model, target, train, optim = config.model, config.target, config.train, config.optim
+    for key in ("embed_dim", "num_layers", "num_heads"):
+        at_least(f"model.{key}", getattr(model, key), 1)
+    if model.num_heads > 0 and model.embed_dim % model.num_heads:
+        problems.append(f"model.embed_dim={model.embed_dim} must be a multiple of model.num_heads={model.num_heads}")
+    for key in ("dropout", "attention_dropout", "activation_dropout", "layer_drop", "drop_path"):
+        within(f"model.{key}", getattr(model, key), 0.0, 0.99)
+    within("target.top_k_layers", target.top_k_layers, 1, model.num_layers)
+    at_least("loss.beta", config.loss.beta, 0.0)
+    if config.loss.scale not in ("inverse_sqrt", "mean", "sum"):
+        try:
+            float(config.loss.scale)
+        except ValueError:
+            problems.append(f"loss.scale={config.loss.scale} must be inverse_sqrt, mean, sum or a number")
+    within("teacher.ema_decay", config.teacher.ema_decay, 0.0, 1.0)
+    within("teacher.ema_end_decay", config.teacher.ema_end_decay, 0.0, 1.0)
+    if len(optim.betas) != 2:
+        problems.append(f"optim.betas={optim.betas} must be two numbers")
+    at_least("optim.lr", optim.lr, 0.0)
+    at_least("optim.eps", optim.eps, 0.0)
+    within("optim.warmup_ratio", optim.warmup_ratio, 0.0, 1.0)
+    if optim.schedule == "tri_stage":
+        within("optim.warmup_ratio + optim.hold_ratio", optim.warmup_ratio + optim.hold_ratio, 0.0, 1.0)
+        if optim.final_lr_ratio <= 0:
+            problems.append("optim.final_lr_ratio must be above 0 for tri_stage, whose last phase is exponential")
+    if optim.clip_grad_norm is not None and optim.clip_grad_norm <= 0:
+        problems.append(f"optim.clip_grad_norm={optim.clip_grad_norm} must be above 0; null = no clipping")
+    for key in ("max_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        at_least(f"train.{key}", getattr(train, key), 1)
+    for key in ("num_threads", "num_workers"):
+        at_least(f"train.{key}", getattr(train, key), 0)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", train.device):
+        problems.append(f"train.device={train.device} must be auto, cpu, cuda or cuda:N")
+    for key, allowed in (("stage", STAGES), ("resume", RESUME)):
+        value = getattr(config, key)
+        if value not in allowed:
+            problems.append(f"{key}={value} must be one of: {', '.join(allowed)}.{_hint(value, allowed)}")
+    if config.resume == "auto" and config.out is None:
+        problems.append("resume=auto needs out=FOLDER, the run folder to go on with")
+    if problems:
+        raise UserError("This configuration cannot work:\n  " + "\n  ".join(problems))
+    return config
+
+
+def _read_recipe(modality: type[Modality[Any]], preset: str) -> dict[str, Any]:
+    folder = modality.recipes()
+    path = folder / f"{preset}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise UserError(f"preset={preset!r} is not one of {modality.name}'s: {', '.join(names)}.{_hint(preset, names)}")
+    return read_yaml(path)
+
+
+def _merge(
+    modality: type[Modality[Any]],
+    base: Mapping[str, Any],
+    values: Mapping[str, str],
+    source: str,
+    encoder: str | None = None,
+) -> RunConfig:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    own = dict(modality.sections(encoder or values["encoder"]))
+    clash = own.keys() & (CORE_SECTIONS.keys() | KEYS.keys())
+    if clash:
+        raise TypeError(f"modality {modality.name!r} declares sections that the core has: {sorted(clash)}")
+    types = {"modality": str, "preset": str, "stage": str, "encoder": str, "resume": str, "seed": int}
+    # `from` is a Python keyword and cannot be a field, so it is from_run inside and `from` wherever a user sees it.
+    fields: list[tuple[str, Any, Any]] = [
+        ("from_run" if key == "from" else key, types.get(key, str | None), field(default=default))
+        for key, (default, _) in KEYS.items()
+    ]
+    fields += [(n, kind, field(default_factory=kind)) for n, kind in {**CORE_SECTIONS, **own}.items()]
+    schema = dataclasses.make_dataclass("Run", fields)
+    try:
+        node = OmegaConf.structured(schema)
+        where = source
+        node = OmegaConf.merge(node, _rename(base))
+        where = "the command line"
+        node = OmegaConf.merge(node, OmegaConf.from_dotlist([f"{k}={v}" for k, v in _rename(values).items()]))
+        flat = cast("Any", OmegaConf.to_object(node))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        first = str(error).splitlines()[0].replace("from_run", "from")
+        first = re.sub(r"Key '([^']+)' not in '[^']+'", f"{key or 'key'} is not an option", first)
+        raise UserError(
+            f"In {where}: {first}"
+            + (f" (key {key})" if key and key not in first else "")
+            + _other_section(key, own)
+            + f"\n`d2v config modality={modality.name}` lists every option with its meaning."
+        ) from None
+    return check(
+        RunConfig(
+            **{f.name: getattr(flat, f.name) for f in dataclasses.fields(RunConfig) if f.name != "sections"},
+            sections={name: getattr(flat, name) for name in own},
+        )
+    )
+
+
+def _rename(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"from_run" if key == "from" else key: value for key, value in values.items()}
+
+
+def _hint(given: str, allowed: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, list(allowed), 1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _other_section(key: str, own: Mapping[str, type]) -> str:
+    """Where a key was put into the wrong section, say which one has it."""
+    leaf = key.rsplit(".", 1)[-1]
+    homes = [
+        f"{name}.{leaf}"
+        for name, kind in {**CORE_SECTIONS, **own}.items()
+        if leaf in {f.name for f in dataclasses.fields(kind)} and f"{name}.{leaf}" != key
+    ]
+    return f" There is {' and '.join(homes)}." if homes else ""
+
+
+def _with_comments(text: str, config: RunConfig) -> str:
+    docs = {key: doc for key, (_, doc) in KEYS.items()}
+    for name, kind in {**CORE_SECTIONS, **{n: type(s) for n, s in config.sections.items()}}.items():
+        docs[name] = (kind.__doc__ or "").strip().splitlines()[0]
+        docs.update({f"{name}.{f.name}": str(f.metadata.get("doc", "")) for f in dataclasses.fields(kind)})
+    lines: list[str] = []
+    section = ""
+    for line in text.splitlines():
+        match = re.match(r"( *)([\w]+):", line)
+        if match:
+            indent, key = match.groups()
+            section = key if not indent else section
+            doc = docs.get(key if not indent else f"{section}.{key}")
+            if doc:
+                lines += ([""] if not indent and key in docs and "." not in key else []) + [f"{indent}# {doc}"]
+        lines.append(line)
+    return "\n".join(lines).lstrip("\n") + "\n"

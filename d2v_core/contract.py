@@ -1,0 +1,332 @@
+"""What a modality tells the core, and all that the core knows about it.
+
+A modality turns raw samples into tokens, says which of them to hide, and names the parts of the network that the
+teacher averages. It never sees the loss or the loop; the core never asks which modality it has.
+
+Axis letters used everywhere: B samples, M masked copies of each sample, R = B * M rows (sample-major: the copies of a
+sample stand together), T tokens of the full grid, V visible tokens, E extra tokens in front, D embed_dim, H heads,
+N scored tokens of a whole micro-batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from d2v_core.config import RunConfig
+
+Part = Literal["average", "copy", "share"]
+AttentionBias = Tensor | Sequence[Tensor] | None
+SampleT = TypeVar("SampleT")
+MovableT = TypeVar("MovableT", bound="_Movable")
+
+
+class BadSample(Exception):
+    """A sample that cannot be read. The loader names it, counts it and goes on without it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The token grid of one sample, known before any network runs, so that a loader's worker can draw its mask.
+
+    shape: (T,) for a sequence, (rows, columns) for an image, (frames, rows, columns) for a video; flattened row-major.
+    maskable: (T,) bool, True where a token may be hidden; None = everywhere.
+    """
+
+    shape: tuple[int, ...]
+    maskable: np.ndarray | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(np.prod(self.shape))
+
+
+class _Movable:
+    """A frozen dataclass of tensors and other things that can go to a device as a whole."""
+
+    def to(self: MovableT, device: torch.device, non_blocking: bool = True) -> MovableT:
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)  # pyright: ignore[reportArgumentType]
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)  # pyright: ignore[reportType, reportArgumentType]
+
+    def pin_memory(self: MovableT) -> MovableT:
+        pinned = {
+            f.name: value.pin_memory()
+            for f in fields(self)  # pyright: ignore[reportArgumentType]
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **pinned)  # pyright: ignore[reportType, reportArgumentType]
+
+
+@dataclass(frozen=True)
+class Masks(_Movable):
+    """What the student may not see and what it is asked for. Made by `Masks.of` on the host, then moved.
+
+    hidden: (B, M, T) bool, True = the token's content is withheld from the student.
+    scored: (B, M, T) bool, True = the loss counts this token. Equal to `hidden` unless a policy says otherwise
+        (80/10/10 masking scores tokens that it leaves alone).
+    scored_rows: (N,) int64, the True places of `scored` flattened row-major. A list made on the host: finding them on
+        the device would make it wait.
+    fill: (B, M, T) int64 in a code of the modality's own, what stands at a hidden place; None = its mask token.
+    visible: (B, M, V) int64, the places of the tokens that the student encodes; None = all T with the hidden ones
+        replaced. Every row keeps the same number V.
+    """
+
+    hidden: Tensor
+    scored: Tensor
+    scored_rows: Tensor
+    fill: Tensor | None = None
+    visible: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        hidden: np.ndarray | Tensor,
+        scored: np.ndarray | Tensor | None = None,
+        fill: np.ndarray | Tensor | None = None,
+        visible: np.ndarray | Tensor | None = None,
+    ) -> Masks:
+        """From (B, M, T) arrays, or (B, T) ones for a single copy."""
+
+        def tensor(array: np.ndarray | Tensor, dtype: torch.dtype) -> Tensor:
+            result = torch.as_tensor(array).to(dtype)
+            return result.unsqueeze(1) if result.dim() == 2 else result
+
+        hidden = tensor(hidden, torch.bool)
+        scored = hidden if scored is None else tensor(scored, torch.bool)
+        if scored.shape != hidden.shape:
+            raise ValueError(
+                f"scored has shape {tuple(scored.shape)}, hidden has {tuple(hidden.shape)}; they must agree"
+            )
+        return cls(
+            hidden,
+            scored,
+            scored.flatten().nonzero().squeeze(1),
+            None if fill is None else tensor(fill, torch.int64),
+            None if visible is None else tensor(visible, torch.int64),
+        )
+
+    @property
+    def num_copies(self) -> int:
+        return self.hidden.shape[1]
+
+
+@dataclass(frozen=True)
+class Tokens(_Movable):
+    """A sequence of vectors and where they stand.
+
+    x: (B, T, D) from `embed`; (R, E + T, D) or (R, E + V, D) from `view`.
+    padding_mask: (rows, tokens) bool, True = padding; None = nothing is padded.
+    grid: shape of the padded grid; its product is T.
+    num_extra: E, tokens in front that stand for no place (CLS).
+    index: (R, V) int64, original places of the tokens after the extra ones; None = all T in order.
+    """
+
+    x: Tensor
+    padding_mask: Tensor | None
+    grid: tuple[int, ...]
+    num_extra: int = 0
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch as a worker makes it.
+
+    inputs: what the feature encoder reads, by name. masks: None where no sample could be read.
+    ids: sample ids in row order. amount: how much data this is, in the modality's unit. skipped: (id, reason) pairs.
+    """
+
+    inputs: Mapping[str, Tensor]
+    masks: Masks | None
+    ids: tuple[str, ...] = ()
+    amount: float = 0.0
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, masks=None if self.masks is None else self.masks.to(device))
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's loader, so that copies to a device can run beside its work."""
+        inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, masks=None if self.masks is None else self.masks.pin_memory())
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How samples are put together; sizes are in the modality's own whole unit (signal samples, patches, tokens).
+
+    batch: size of one optimizer step over all processes and accumulation. micro_batch: size of what runs at once.
+    max_size: longer samples are cropped to this. crop: True = every sample of a micro-batch is cut to its shortest,
+    False = they are padded to the longest.
+    """
+
+    batch: int
+    micro_batch: int
+    max_size: int
+    crop: bool = False
+
+
+class Dataset(ABC, Generic[SampleT]):
+    """Samples by number. `sizes` is (len,) int64 in the unit of `Batching`; ids are stable names."""
+
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @abstractmethod
+    def id(self, index: int) -> str: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> SampleT:
+        """Read one sample. Raises BadSample with the reason where it cannot be read."""
+
+
+class FeatureEncoder(nn.Module, ABC):
+    """Raw input to tokens, and tokens to what the student or the teacher sees.
+
+    Parameters that `embed` uses live under `self.embedding`, the others anywhere else. That is what lets the core see
+    whether the teacher can be given the student's own tokens: it can where `embedding` is shared as a whole.
+    """
+
+    embedding: nn.Module
+
+    @abstractmethod
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
+        """Content only, once per sample: (B, T, D) without positions, masks or dropout."""
+
+    @abstractmethod
+    def view(self, tokens: Tokens, masks: Masks | None) -> Tokens:
+        """What the transformer is given: hide, place, normalise, drop out, gather, add extra tokens.
+
+        With masks, (R, ...) rows for the student; with None, the full sequence that the teacher sees.
+        """
+
+    def attention_bias(self, tokens: Tokens) -> AttentionBias:
+        """Added to the attention logits: broadcastable to (R, H, E + T, E + T), one for all blocks or one per block."""
+        del tokens
+        return None
+
+
+class Predictor(nn.Module, ABC):
+    """From the student's output to predictions at the scored places."""
+
+    @abstractmethod
+    def forward(self, tokens: Tokens, masks: Masks) -> Tensor:
+        """tokens.x is the transformer's output for the student's view; returns (N, D) in the order of scored_rows."""
+
+
+class MaskingPolicy(Protocol):
+    """Draws masks without a network. `rngs` has one generator per sample, made for this sample and epoch."""
+
+    def __call__(self, layouts: Sequence[Layout], num_copies: int, rngs: Sequence[np.random.Generator]) -> Masks: ...
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """A small labelled task on which frozen features are scored by linear classification.
+
+    train, dev, test: (inputs of one sample as `FeatureEncoder.embed` reads them with B = 1, labels) pairs. Labels are
+        (T,) int64 for one class per token, -100 = not scored, or () int64 for one class per sample.
+    budgets: numbers of labelled training samples to report, ascending; the largest gives the run's score.
+    input_features: (T, F) view of a sample's raw input, the row that any network has to beat.
+    """
+
+    name: str
+    description: str
+    num_classes: int
+    budgets: tuple[int, ...]
+    train: Sequence[tuple[Mapping[str, Tensor], Tensor]]
+    dev: Sequence[tuple[Mapping[str, Tensor], Tensor]]
+    test: Sequence[tuple[Mapping[str, Tensor], Tensor]]
+    input_name: str = ""
+    input_features: Any = field(default=None)
+
+
+class Modality(ABC, Generic[SampleT]):
+    """One kind of data. Made from a run's configuration; its class methods answer before there is one.
+
+    name: as the user types it. unit: what `Batch.amount` counts, for display ("s of sound", "images").
+    encoders: names accepted as `encoder=...`, the first is the default.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    encoders: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def sections(cls, encoder: str) -> Mapping[str, type]:
+        """Configuration sections that this modality adds, by name: dataclasses with a default for every field."""
+
+    @classmethod
+    @abstractmethod
+    def recipes(cls) -> Path:
+        """Folder of the presets, NAME.yaml each."""
+
+    @abstractmethod
+    def dataset(self, split: str) -> Dataset[SampleT]: ...
+
+    @abstractmethod
+    def batching(self) -> Batching: ...
+
+    def prepare(self, sample: SampleT, size: int, rng: np.random.Generator) -> SampleT:
+        """Crop and augment one sample, to at most `size` where the micro-batch is cropped."""
+        del size, rng
+        return sample
+
+    @abstractmethod
+    def layout(self, sample: SampleT) -> Layout: ...
+
+    @abstractmethod
+    def collate(self, samples: Sequence[SampleT]) -> Mapping[str, Tensor]:
+        """Stack samples into what `FeatureEncoder.embed` reads."""
+
+    @abstractmethod
+    def amount(self, inputs: Mapping[str, Tensor]) -> float:
+        """How much data a collated batch holds, in `unit`."""
+
+    @abstractmethod
+    def masking(self) -> MaskingPolicy: ...
+
+    @abstractmethod
+    def feature_encoder(self) -> FeatureEncoder: ...
+
+    def predictor(self) -> Predictor:
+        """The head. By default one linear map at the scored tokens."""
+        from d2v_core.data2vec import LinearPredictor
+
+        return LinearPredictor(self.config.model.embed_dim)
+
+    @abstractmethod
+    def teacher_parts(self) -> Mapping[str, Part]:
+        """How the teacher follows the student, by prefix of the parameter's name; the longest prefix decides.
+
+        Names begin with `encoder.` (the feature encoder) or `transformer.`. "average" = EMA, "copy" = the student's
+        value after every step, "share" = one tensor for both.
+        """
+
+    def teacher_inputs(self, batch: Batch) -> Mapping[str, Tensor] | None:
+        """The teacher's own input, where it is another than the student's; None = the same."""
+        del batch
+        return None
+
+    def probe(self) -> ProbeTask | None:
+        """A small labelled task that scores the result of a run, or None."""
+        return None

@@ -1,0 +1,128 @@
+"""How much of a labelled task can be read off frozen features by a linear classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2v_core.contract import ProbeTask
+from d2v_core.data2vec import Student
+
+Features = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+"""From the inputs of one sample to its features, one (T, F) tensor per layer."""
+IGNORE = -100
+L2_GRID = (3e-4, 3e-3)
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """Test accuracy in per cent of one system, per budget, and the layer that the dev part chose (with the penalty)."""
+
+    system: str
+    accuracy: Mapping[int, float]
+    layer: Mapping[int, int]
+
+
+@torch.no_grad()
+def layers_of(student: Student, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """[transformer input, output of block 1, ...]: (T, D) each, for a batch of one sample, without dropout."""
+    training = student.training
+    student.eval()
+    try:
+        view, out = student(student.encoder.embed(inputs), None, taps=True)
+        layers = [view.x, *out.blocks]
+        if student.transformer.norm is not None:
+            layers.append(out.x)
+        return [layer[0, view.num_extra :].float() for layer in layers]
+    finally:
+        student.train(training)
+
+
+def run_probe(task: ProbeTask, systems: Mapping[str, Features]) -> list[ProbeRow]:
+    """Score every system, and the raw input where the task has it.
+
+    Layer and penalty are chosen on the dev part for each system and budget alike: the penalty moves raw input by nine
+    points, and an untrained network may use its best layer too.
+    """
+    rows = [_score(task, name, features) for name, features in systems.items()]
+    if task.input_features is not None:
+        rows.append(_score(task, task.input_name, lambda inputs: [task.input_features(inputs)]))
+    return rows
+
+
+def _score(task: ProbeTask, system: str, features: Features) -> ProbeRow:
+    def part(samples: Sequence[tuple[Mapping[str, Tensor], Tensor]]) -> list[tuple[list[Tensor], Tensor]]:
+        return [_labelled(features(inputs), labels) for inputs, labels in samples]
+
+    train, dev, test = part(task.train[: task.budgets[-1]]), part(task.dev), part(task.test)
+    accuracy: dict[int, float] = {}
+    chosen: dict[int, int] = {}
+    for budget in task.budgets:
+        best = -1.0
+        for layer in range(len(train[0][0])):
+            for l2 in L2_GRID:
+                classify = fit_linear(*_stack(train[:budget], layer), task.num_classes, l2)
+                score = _accuracy(classify, *_stack(dev, layer))
+                if score > best:
+                    best, chosen[budget] = score, layer
+                    accuracy[budget] = _accuracy(classify, *_stack(test, layer))
+    return ProbeRow(system, accuracy, chosen)
+
+
+def _labelled(layers: Sequence[Tensor], labels: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Tokens with a label, or the mean over tokens where the sample has one label."""
+    if labels.dim() == 0:
+        return [layer.mean(0, keepdim=True).cpu() for layer in layers], labels.reshape(1)
+    keep = labels != IGNORE
+    return [layer.cpu()[keep] for layer in layers], labels[keep]
+
+
+def _stack(samples: Sequence[tuple[list[Tensor], Tensor]], layer: int) -> tuple[Tensor, Tensor]:
+    return torch.cat([layers[layer] for layers, _ in samples]), torch.cat([labels for _, labels in samples])
+
+
+def fit_linear(x: Tensor, y: Tensor, num_classes: int, l2: float, iterations: int = 60) -> Callable[[Tensor], Tensor]:
+    """Multinomial logistic regression on standardised features by L-BFGS. x (N, F), y (N,); returns x -> logits."""
+    mean, std = x.mean(0), x.std(0) + 1e-5
+    x = (x - mean) / std
+    weight = torch.zeros(num_classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), y) + l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    fitted_weight, fitted_bias = weight.detach(), bias.detach()
+
+    def classify(features: Tensor) -> Tensor:
+        return F.linear((features - mean) / std, fitted_weight, fitted_bias)
+
+    return classify
+
+
+def _accuracy(classify: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
+    return 100.0 * (classify(x).argmax(-1) == y).float().mean().item()
+
+
+def summary(task: ProbeTask, rows: Sequence[ProbeRow]) -> dict[str, Any]:
+    """What summary.json keeps: a score per system at the largest budget, and the whole table."""
+    largest = task.budgets[-1]
+    return {
+        **{row.system: round(row.accuracy[largest], 2) for row in rows},
+        "task": task.name,
+        "table": [
+            {"system": row.system, "labels": n, "accuracy": round(row.accuracy[n], 2), "layer": row.layer[n]}
+            for row in rows
+            for n in task.budgets
+        ],
+    }

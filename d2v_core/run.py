@@ -1,0 +1,122 @@
+"""From a configuration to a model, and from a run folder back to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v_core import checkpoint, plugins
+from d2v_core.config import RunConfig, from_dict, read_yaml
+from d2v_core.contract import Modality
+from d2v_core.data2vec import Data2Vec, Student
+from d2v_core.errors import UserError
+from d2v_core.keyed import seed_of
+from d2v_core.loss import RegressionLoss
+from d2v_core.probe import layers_of
+from d2v_core.targets import TopKTargets
+from d2v_core.transformer import Transformer, init_bert
+
+
+def build_model(modality: Modality[Any]) -> Data2Vec:
+    """The network of a configuration with its initial weights, which depend on the seed alone."""
+    config = modality.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(config.seed, "init"))
+        transformer = Transformer(config.model)
+        init_bert(transformer)
+        try:
+            return Data2Vec(
+                modality.feature_encoder(),
+                transformer,
+                modality.predictor(),
+                TopKTargets(config.target),
+                RegressionLoss(config.loss),
+                modality.teacher_parts(),
+            )
+        except ValueError as error:
+            raise UserError(f"This configuration cannot work: {error}") from error
+
+
+def model_state(model: Data2Vec) -> dict[str, Tensor]:
+    """Student and predictor, without the teacher."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("teacher.")}
+
+
+def load_model_state(model: Data2Vec, state: Mapping[str, Tensor], source: str) -> None:
+    """Raises UserError naming tensors that are missing, unknown or of another shape."""
+    own = model_state(model)
+    wrong = [f"{n}: stored {tuple(state[n].shape)}, expected {tuple(own[n].shape)}" for n in own.keys() & state.keys()
+             if own[n].shape != state[n].shape]  # fmt: skip
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if wrong or missing or unknown:
+        raise UserError(
+            f"The weights in {source} do not fit this configuration. Missing: {missing[:3]}; unknown: {unknown[:3]}; "
+            f"other shape: {sorted(wrong)[:3]}. Use the preset, encoder and sizes of the run that made them."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Raises UserError where `run` is no run folder or has no checkpoint yet."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml.")
+    found = checkpoint.list_checkpoints(run / "checkpoints")
+    if not found:
+        raise UserError(f"{run} has no complete checkpoint in {run / 'checkpoints'}.")
+    return found[-1]
+
+
+def load_config_of(run: Path) -> tuple[RunConfig, type[Modality[Any]]]:
+    """The configuration that a run folder stores, and its modality."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml.")
+    stored = read_yaml(path)
+    kind = plugins.load(str(stored.get("modality", "")))
+    return from_dict(stored, kind, str(path)), kind
+
+
+class LoadedRun(nn.Module):
+    """A trained encoder, ready to give features. In eval mode, on the CPU unless moved."""
+
+    def __init__(self, config: RunConfig, modality: Modality[Any], student: Student, step: int) -> None:
+        super().__init__()
+        self.config, self.modality, self.step = config, modality, step
+        self.student = student
+        self.eval()
+
+    @torch.no_grad()
+    def encode(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Features of one sample (B = 1): [transformer input, block 1, ..., block L], (T, D) float32 each.
+
+        inputs: what the modality's `collate` makes of one sample.
+        """
+        return layers_of(self.student, inputs)
+
+
+def load(run: str | Path, *, untrained: bool = False, teacher: bool = False) -> LoadedRun:
+    """The encoder of a run folder at its newest checkpoint.
+
+    untrained: the same network with its initial weights instead, for comparison. teacher: the averaged weights.
+    Raises UserError where there is no run, no checkpoint, or its files do not fit.
+    """
+    run = Path(run)
+    config, kind = load_config_of(run)
+    modality = kind(config)
+    model = build_model(modality)
+    step = 0
+    if not untrained:
+        folder = newest_checkpoint(run)
+        stored = checkpoint.load(folder)
+        load_model_state(model, stored.model, str(folder))
+        model.teacher.load_own_state(stored.teacher)
+        step = checkpoint.step_of(folder)
+    student = model.teacher.module if teacher else model.student
+    assert isinstance(student, Student)
+    return LoadedRun(config, modality, student, step)

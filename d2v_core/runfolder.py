@@ -1,0 +1,102 @@
+"""The run folder: where it lies, what may be in it already, what is written first."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from d2v_core.config import RunConfig, read_yaml
+from d2v_core.errors import UserError
+
+# Changing these between the parts of a run changes none of its numbers.
+FREE = {"out", "resume", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.num_workers",
+        "train.tensorboard", "train.probe", "train.device", "train.compile", "train.num_threads"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+    done: bool
+
+
+def open_run(config: RunConfig) -> RunFolder:
+    """Create the run folder, or take up the run in it where `resume=auto` asks for that.
+
+    Raises UserError where the folder holds something else, the stored run has another configuration, or nothing can be
+    written there.
+    """
+    path = Path(config.out) if config.out else _new_name(config)
+    stored = path / "config.yaml"
+    done = False
+    try:
+        if stored.is_file() and config.resume == "auto":
+            _compare(read_yaml(stored), config, path)
+            done = _steps_done(path) >= config.train.max_steps
+        elif path.exists() and not path.is_dir():
+            raise UserError(f"out={path} is a file; give a folder for the run.")
+        elif path.is_dir() and any(path.iterdir()):
+            raise UserError(
+                f"out={path} is not empty{' (it holds a run)' if stored.is_file() else ''}, and nothing there is "
+                "overwritten. Go on with that run by resume=auto, or give another folder."
+            )
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not done:
+            temporary = path / ".config.yaml.tmp"
+            temporary.write_text(config.to_yaml(), encoding="utf-8")
+            temporary.replace(stored)
+    except OSError as error:
+        raise UserError(
+            f"The run folder out={path} cannot be written: {error.strerror or error}. "
+            "Choose a folder that you may write to with out=FOLDER."
+        ) from error
+    return RunFolder(path, done)
+
+
+def _new_name(config: RunConfig) -> Path:
+    stem = f"{config.modality}-{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path("runs") / stem
+    number = 2
+    while path.exists():
+        path, number = Path("runs") / f"{stem}-{number}", number + 1
+    return path
+
+
+def _steps_done(path: Path) -> int:
+    try:
+        return int(json.loads((path / "summary.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _compare(stored: Mapping[str, Any], config: RunConfig, path: Path) -> None:
+    """A resumed run must be the same run; only a larger train.max_steps may prolong it."""
+    before, now = _flatten(stored), _flatten(config.to_dict())
+    changed = {
+        key: (before.get(key), now.get(key))
+        for key in before.keys() | now.keys()
+        if key not in FREE and before.get(key) != now.get(key)
+    }
+    old_steps, new_steps = changed.get("train.max_steps", (0, 1))
+    if isinstance(old_steps, int) and isinstance(new_steps, int) and new_steps > old_steps:
+        changed.pop("train.max_steps", None)
+    if changed:
+        lines = "\n  ".join(f"{key}: stored {old!r}, now {new!r}" for key, (old, new) in sorted(changed.items()))
+        raise UserError(
+            f"The run in {path} has another configuration, and resuming it would mix the two:\n  {lines}\n"
+            f"Give the stored values, or start a new run with from={path}."
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(cast("dict[str, Any]", value), f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return flat

@@ -1,0 +1,180 @@
+"""Where sound comes from: the user's files, or the built-in synthetic speech; and the phone probe on the latter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v_audio.feature_encoder import LogMelConfig, LogMelEmbedding, stacked_bands
+from d2v_audio.files import BadClip, Clip, ScanReport, read, scan
+from d2v_audio.synthetic import PHONES, SILENCE, SyntheticSpeech, frame_labels
+from d2v_core.config import opt
+from d2v_core.contract import BadSample, Dataset, ProbeTask
+
+if TYPE_CHECKING:
+    from d2v_audio.modality import AudioModality
+
+VERIFY_HOURS = 20.0  # data.verify=auto decodes up to this much before training: half a minute on two cores
+
+
+@dataclass
+class AudioConfig:
+    """What to train on, and how much at a time."""
+
+    path: str | None = opt(
+        None, "Folder searched for audio, .tsv manifest, or one file; null = the built-in synthetic speech."
+    )
+    split: str | None = opt(None, "Rows of a .tsv table with this value in its column `split`; null = all.")
+    sample_rate: int = opt(16000, "Hz, of what the network sees.")
+    rate_policy: Literal["resample", "refuse"] = opt("resample", "What to do with files of another rate.")
+    min_s: float = opt(0.5, "Shorter clips are dropped and counted, seconds.")
+    max_s: float = opt(20.0, "Longer clips are cropped to this, at random, seconds.")
+    batch_s: float = opt(16.0, "Audio per optimizer step, over all processes and accumulation, seconds.")
+    micro_batch_s: float | None = opt(None, "Audio that runs at once, seconds; null = the whole batch.")
+    crop: bool = opt(True, "Cut every clip of a micro-batch to its shortest; false = pad to the longest.")
+    verify: Literal["auto", "headers", "decode"] = opt(
+        "auto", "Before training read headers only, or decode every file; auto decodes up to 20 hours."
+    )
+    max_bad_ratio: float = opt(0.01, "Larger share of unreadable files stops the run before training.")
+    synthetic_clips: int = opt(1500, "Utterances of the built-in corpus; 1500 are about 48 minutes.")
+
+    def check(self) -> None:
+        """Raises ValueError."""
+        for key in ("sample_rate", "max_s", "batch_s", "synthetic_clips"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"data.{key}={getattr(self, key)} must be above 0")
+        if not 0 <= self.min_s < self.max_s:
+            raise ValueError(f"data.min_s={self.min_s} must lie between 0 and data.max_s={self.max_s}")
+        if self.micro_batch_s is not None and not 0 < self.micro_batch_s <= self.batch_s:
+            raise ValueError(
+                f"data.micro_batch_s={self.micro_batch_s} must lie between 0 and data.batch_s={self.batch_s}"
+            )
+        if not 0 <= self.max_bad_ratio <= 1:
+            raise ValueError(f"data.max_bad_ratio={self.max_bad_ratio} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class AudioSample:
+    """waveform: (S,) float32, mean 0 and variance 1 over the whole clip, before any cropping."""
+
+    waveform: np.ndarray
+
+
+def normalise(waveform: np.ndarray) -> np.ndarray:
+    """Zero mean, unit biased variance, 1e-5 inside the root (fairseq: raw_audio_dataset.py, `normalize`)."""
+    centred = waveform - waveform.mean(dtype=np.float64)
+    return (centred / np.sqrt(np.square(centred).mean(dtype=np.float64) + 1e-5)).astype(np.float32)
+
+
+class AudioFiles(Dataset[AudioSample]):
+    """Clips on disk, read when asked for."""
+
+    def __init__(self, report: ScanReport, sample_rate: int) -> None:
+        self.report, self.sample_rate = report, sample_rate
+        self.clips: Sequence[Clip] = report.clips
+        self.sizes = np.array([clip.num_samples for clip in self.clips], dtype=np.int64)
+
+    def id(self, index: int) -> str:
+        return self.clips[index].id
+
+    def __getitem__(self, index: int) -> AudioSample:
+        try:
+            return AudioSample(normalise(read(self.clips[index], self.sample_rate)))
+        except BadClip as error:
+            raise BadSample(str(error)) from error
+
+    def describe(self) -> str:
+        return self.report.summary()
+
+
+class SyntheticFiles(Dataset[AudioSample]):
+    """The built-in corpus, synthesised once and held in memory."""
+
+    def __init__(self, corpus: SyntheticSpeech) -> None:
+        self.corpus = corpus
+        self.waveforms = [normalise(corpus[i].waveform) for i in range(len(corpus))]
+        self.sizes = np.array([len(waveform) for waveform in self.waveforms], dtype=np.int64)
+
+    def id(self, index: int) -> str:
+        return str(index)
+
+    def __getitem__(self, index: int) -> AudioSample:
+        return AudioSample(self.waveforms[index])
+
+    def describe(self) -> str:
+        seconds = self.sizes.sum() / self.corpus.sample_rate
+        return (
+            f"No data.path: training on the built-in synthetic speech, {len(self)} utterances, {seconds / 60:.0f} min. "
+            "Give data.path=/your/audio for your own."
+        )
+
+
+def open_dataset(config: AudioConfig, split: str, seed: int, min_samples: int) -> Dataset[AudioSample]:
+    """Raises UserError where there is nothing to train on, or too much of it is broken."""
+    if config.path is None:
+        # The corpus is the same for every seed of a run, as a data set on disk would be.
+        del seed
+        return SyntheticFiles(SyntheticSpeech("train", config.synthetic_clips, 0, config.sample_rate))
+    decode_hours = {"headers": 0.0, "decode": float("inf"), "auto": VERIFY_HOURS}[config.verify]
+    report = scan(
+        config.path,
+        sample_rate=config.sample_rate,
+        min_s=min_samples / config.sample_rate,
+        rate_policy=config.rate_policy,
+        max_bad_ratio=config.max_bad_ratio,
+        split=config.split,
+        decode_hours=decode_hours,
+    )
+    return AudioFiles(report, config.sample_rate)
+
+
+Labelled = tuple[Mapping[str, Tensor], Tensor]
+
+
+def phone_probe(modality: AudioModality) -> ProbeTask:
+    """Frame-level phone accuracy on synthetic speakers that no run has heard; silence is not scored."""
+    rate = modality.data.sample_rate
+    geometry = modality.geometry
+
+    def part(split: Literal["train", "dev", "test"], count: int) -> list[Labelled]:
+        out: list[Labelled] = []
+        corpus = SyntheticSpeech(split, count, 0, rate)
+        for utterance in (corpus[i] for i in range(count)):
+            inputs = modality.collate([AudioSample(normalise(utterance.waveform))])
+            tokens = geometry.num_tokens(inputs["waveform"].shape[1])
+            labels = frame_labels(utterance.phones, tokens, geometry.hop_s, geometry.offset_s)
+            labels = np.where(labels == SILENCE, -100, labels - (labels > SILENCE))
+            out.append((inputs, torch.from_numpy(labels)))
+        return out
+
+    bands = _bands(rate)
+
+    def input_features(inputs: Mapping[str, Tensor]) -> Tensor:
+        waveform = inputs["waveform"]
+        return stacked_bands(bands, waveform, geometry.num_tokens(waveform.shape[1]), geometry.hop_s, rate)
+
+    return ProbeTask(
+        name="phone accuracy",
+        description=(
+            f"Share of frames whose phone ({len(PHONES) - 1} classes) a linear classifier names, on unseen speakers of "
+            "the built-in synthetic speech. Each row uses the layer that is best on other held-out speakers."
+        ),
+        num_classes=len(PHONES) - 1,
+        budgets=(10, 100),
+        train=part("train", 100),
+        dev=part("dev", 40),
+        test=part("test", 100),
+        input_name="log-mel input",
+        input_features=input_features,
+    )
+
+
+@lru_cache(maxsize=2)
+def _bands(sample_rate: int) -> LogMelEmbedding:
+    return LogMelEmbedding(LogMelConfig(), 1, sample_rate)

@@ -1,0 +1,254 @@
+"""Sound to tokens: two front ends, and the masking and positions that both share.
+
+waveform: the strided convolutions of wav2vec 2.0 as data2vec uses them, 25 ms wide every 20 ms.
+logmel: a mel filter bank with one strided convolution on top. Much cheaper, and it learns within minutes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2v_core.config import ModelConfig, opt
+from d2v_core.contract import FeatureEncoder, Masks, Tokens
+from d2v_core.positions import ConvPositions, ConvPositionsConfig
+from d2v_core.transformer import init_bert
+
+
+@dataclass
+class WaveformConfig:
+    """Section `features`: strided convolutions on the waveform (fairseq: ConvFeatureExtractionModel)."""
+
+    channels: int = opt(512, "Channels of every convolution.")
+    kernels: list[int] = opt([10, 3, 3, 3, 3, 2, 2], "Kernel of each convolution, in samples of its input.")
+    strides: list[int] = opt([5, 2, 2, 2, 2, 2, 2], "Stride of each; their product is the hop, 320 samples = 20 ms.")
+    norm: str = opt("layer", "layer = layer norm after every convolution; group = one group norm after the first.")
+    bias: bool = opt(False, "Bias in the convolutions.")
+    grad_mult: float = opt(1.0, "Factor of the gradient into the convolutions.")
+
+
+@dataclass
+class LogMelConfig:
+    """Section `features`: a log-mel filter bank and one strided convolution."""
+
+    num_mels: int = opt(80, "Mel bands from 0 Hz to half the sample rate.")
+    window_s: float = opt(0.025, "Analysis window, seconds.")
+    hop_s: float = opt(0.010, "Step of the window, seconds.")
+    stride: int = opt(4, "Windows per token: 4 gives a token every 40 ms.")
+
+
+class WaveformEmbedding(nn.Module):
+    """(B, S) samples -> (B, T, D): convolutions, layer norm, linear projection."""
+
+    def __init__(self, config: WaveformConfig, embed_dim: int, sample_rate: int) -> None:
+        super().__init__()
+        check_waveform(config)
+        self.geometry = WaveformGeometry(config, sample_rate)
+        self.grad_mult, self.layer_norms = config.grad_mult, config.norm == "layer"
+        channels = config.channels
+        self.convs = nn.ModuleList(
+            nn.Conv1d(1 if i == 0 else channels, channels, kernel, stride, bias=config.bias)
+            for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True))
+        )
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight)
+        count = len(self.convs) if self.layer_norms else 1
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(channels) if self.layer_norms else nn.GroupNorm(channels, channels) for _ in range(count)
+        )
+        self.norm = nn.LayerNorm(channels)
+        self.project = nn.Linear(channels, embed_dim)
+
+    def convolve(self, waveform: Tensor) -> Tensor:
+        """(B, S) -> (B, T, C)."""
+        x = waveform.unsqueeze(1)
+        for i, conv in enumerate(self.convs):
+            x = conv(x)
+            if self.layer_norms:
+                x = self.norms[i](x.transpose(1, 2)).transpose(1, 2)
+            elif i == 0:
+                x = self.norms[0](x)
+            x = F.gelu(x)
+        return x.transpose(1, 2)
+
+    def forward(self, waveform: Tensor, num_samples: Tensor | None) -> Tokens:
+        if self.grad_mult == 0:
+            with torch.no_grad():
+                x = self.convolve(waveform)
+        else:
+            x = self.convolve(waveform)
+            if self.grad_mult != 1:
+                x = x.detach() + self.grad_mult * (x - x.detach())
+        return _tokens(self.project(self.norm(x)), num_samples, self.geometry)
+
+
+class LogMelEmbedding(nn.Module):
+    """(B, S) samples -> (B, T, D): log-mel bands, each standardised over the valid windows of a sample; convolution with
+    kernel and stride `stride` and one window of padding on each side, GELU, layer norm, linear projection."""
+
+    mel: Tensor
+    window: Tensor
+
+    def __init__(self, config: LogMelConfig, embed_dim: int, sample_rate: int) -> None:
+        super().__init__()
+        from torchaudio.functional import melscale_fbanks
+
+        self.geometry = LogMelGeometry(config, sample_rate)
+        size, self.hop = self.geometry.window, self.geometry.hop
+        self.num_fft = 2 ** math.ceil(math.log2(size))
+        mel = melscale_fbanks(self.num_fft // 2 + 1, 0.0, sample_rate / 2, config.num_mels, sample_rate, norm="slaney")
+        self.register_buffer("mel", mel, persistent=False)
+        self.register_buffer("window", torch.hann_window(size), persistent=False)
+        self.conv = nn.Conv1d(config.num_mels, embed_dim, self.geometry.kernel, config.stride, padding=1)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.project = nn.Linear(embed_dim, embed_dim)
+
+    @torch.no_grad()
+    def bands(self, waveform: Tensor, num_samples: Tensor | None) -> Tensor:
+        """(B, S) -> (B, F, num_mels) float32, mean 0 and variance 1 in each band over a sample's valid windows, 0
+        behind them."""
+        with torch.autocast(waveform.device.type, enabled=False):
+            frames = waveform.float().unfold(-1, len(self.window), self.hop) * self.window
+            power = torch.fft.rfft(frames, self.num_fft).abs().square()
+            x = (power @ self.mel + 1e-6).log()
+            if num_samples is None:
+                var, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+                return (x - mean) * torch.rsqrt(var + 1e-5)
+            count = self.geometry.num_windows(num_samples).clamp(min=1)
+            valid = (torch.arange(x.shape[1], device=x.device) < count[:, None]).unsqueeze(-1)
+            mean = (x * valid).sum(1, keepdim=True) / count[:, None, None]
+            centred = (x - mean) * valid
+            return centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / count[:, None, None] + 1e-5)
+
+    def forward(self, waveform: Tensor, num_samples: Tensor | None) -> Tokens:
+        x = self.conv(self.bands(waveform, num_samples).transpose(1, 2)).transpose(1, 2)
+        return _tokens(self.project(self.norm(F.gelu(x))), num_samples, self.geometry)
+
+
+class WaveformGeometry:
+    """Where the tokens of the convolutions stand in time, without a network."""
+
+    def __init__(self, config: WaveformConfig, sample_rate: int) -> None:
+        self.kernels, self.strides = config.kernels, config.strides
+        self.hop_s = math.prod(self.strides) / sample_rate
+        field, jump = 1, 1
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            field, jump = field + (kernel - 1) * jump, jump * stride
+        self.min_samples = field
+        self.offset_s = field / 2 / sample_rate
+
+    def num_tokens(self, num_samples):
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            num_samples = (num_samples - kernel) // stride + 1
+        return num_samples
+
+
+class LogMelGeometry:
+    """Where the tokens of the filter bank stand in time, without a network."""
+
+    def __init__(self, config: LogMelConfig, sample_rate: int) -> None:
+        self.window, self.hop = round(config.window_s * sample_rate), round(config.hop_s * sample_rate)
+        self.stride = config.stride
+        self.kernel = max(3, config.stride)
+        self.hop_s = self.stride * self.hop / sample_rate
+        self.min_samples = self.window + (self.kernel - 3) * self.hop if self.kernel > 3 else self.window
+        # Token 0 is centred between windows -1 and kernel - 2; window 0 is centred at half its width.
+        self.offset_s = ((self.kernel - 3) / 2 * self.hop + self.window / 2) / sample_rate
+
+    def num_windows(self, num_samples):
+        return (num_samples - self.window) // self.hop + 1
+
+    def num_tokens(self, num_samples):
+        return (self.num_windows(num_samples) + 2 - self.kernel) // self.stride + 1
+
+
+Geometry = WaveformGeometry | LogMelGeometry
+
+
+def _tokens(x: Tensor, num_samples: Tensor | None, geometry: Geometry) -> Tokens:
+    padding_mask = None
+    if num_samples is not None:
+        padding_mask = torch.arange(x.shape[1], device=x.device) >= geometry.num_tokens(num_samples)[:, None]
+    return Tokens(x, padding_mask, (x.shape[1],))
+
+
+class AudioEncoder(FeatureEncoder):
+    """Front end, mask vector, convolutional positions and, for post-norm, the norm before the first block.
+
+    Hidden tokens are replaced by one learned vector after the projection and before the positions, which therefore see
+    masked content. The teacher's view has nothing hidden.
+    """
+
+    def __init__(
+        self, embedding: WaveformEmbedding | LogMelEmbedding, model: ModelConfig, positions: ConvPositionsConfig
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.mask_embedding = nn.Parameter(torch.rand(model.embed_dim))
+        self.positions = ConvPositions(model.embed_dim, positions)
+        self.norm = nn.LayerNorm(model.embed_dim, eps=model.norm_eps) if model.norm == "post" else None
+        self.dropout = model.dropout
+
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
+        """inputs: waveform (B, S) float32, and num_samples (B,) int64 where samples are padded."""
+        return self.embedding(inputs["waveform"], inputs.get("num_samples"))
+
+    def view(self, tokens: Tokens, masks: Masks | None) -> Tokens:
+        x, padding_mask = tokens.x, tokens.padding_mask
+        if masks is not None:
+            x = repeat(x, "b t d -> b m t d", m=masks.num_copies)
+            x = rearrange(
+                torch.where(masks.hidden.unsqueeze(-1), self.mask_embedding.to(x.dtype), x), "b m t d -> (b m) t d"
+            )
+            if padding_mask is not None:
+                padding_mask = repeat(padding_mask, "b t -> (b m) t", m=masks.num_copies)
+        if padding_mask is not None:
+            x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        x = x + self.positions(x, padding_mask)
+        if self.norm is not None:
+            x = self.norm(x)
+        return Tokens(F.dropout(x, self.dropout, self.training), padding_mask, tokens.grid)
+
+
+def make_encoder(
+    features: WaveformConfig | LogMelConfig, model: ModelConfig, positions: ConvPositionsConfig, sample_rate: int
+) -> AudioEncoder:
+    if isinstance(features, WaveformConfig):
+        return AudioEncoder(WaveformEmbedding(features, model.embed_dim, sample_rate), model, positions)
+    embedding = LogMelEmbedding(features, model.embed_dim, sample_rate)
+    init_bert(embedding)
+    return AudioEncoder(embedding, model, positions)
+
+
+def make_geometry(features: WaveformConfig | LogMelConfig, sample_rate: int) -> Geometry:
+    if isinstance(features, WaveformConfig):
+        check_waveform(features)
+        return WaveformGeometry(features, sample_rate)
+    if features.stride < 1 or features.num_mels < 1 or not 0 < features.hop_s <= features.window_s:
+        raise ValueError(f"{features} must have stride and num_mels of at least 1 and 0 < hop_s <= window_s")
+    return LogMelGeometry(features, sample_rate)
+
+
+def check_waveform(config: WaveformConfig) -> None:
+    if len(config.kernels) != len(config.strides) or not config.kernels:
+        raise ValueError(
+            f"features.kernels={config.kernels} and features.strides={config.strides} must be equally long"
+        )
+    if config.norm not in ("layer", "group"):
+        raise ValueError(f"features.norm={config.norm!r} must be layer or group")
+
+
+def stacked_bands(
+    embedding: LogMelEmbedding, waveform: Tensor, num_tokens: int, hop_s: float, sample_rate: int
+) -> Tensor:
+    """Log-mel windows under each token side by side, (num_tokens, k * num_mels): what a probe sees without a network."""
+    bands = embedding.bands(waveform, None)[0]
+    per_token = max(1, round(hop_s * sample_rate / embedding.hop))
+    index = torch.arange(num_tokens)[:, None] * per_token + torch.arange(per_token)
+    return bands[index.clamp(max=len(bands) - 1)].flatten(1)

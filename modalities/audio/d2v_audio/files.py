@@ -1,0 +1,450 @@
+"""Find audio files and read them: what is damaged is named, never passed on as shorter audio.
+
+`scan` looks at headers only and runs once, before training; `read` decodes one clip and runs in the loader workers.
+Both open files through `_opened`, which compares header and bytes, because libsndfile hands back a truncated WAV, AIFF
+or Ogg file as a shorter one without a word. A format for which there is no such comparison is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal, NoReturn
+
+import numpy as np
+import soundfile
+
+from d2v_core.errors import UserError
+
+AUDIO_EXTENSIONS = (".aif", ".aifc", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # in either case
+MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; outside, a header is damaged or a config is in kHz
+MAX_RATIO = 1024  # terms of a reduced rate ratio; torchaudio's kernel is about its square (16001 to 16000 Hz: 2 GB)
+MAX_EXPANSION = 4000  # samples per byte of file; digital silence measures 340 (FLAC), 990 (8 channels), 125 (Opus)
+MP3_SLACK = 3 * 1152  # samples at the file's rate: encoder and decoder delay, which not every tag counts alike
+UNKNOWN_SIZES = {0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, *range(0xFFFFFF00, 2**32)}  # WAV written to a pipe
+
+
+class BadClip(Exception):
+    """An audio file that cannot be trusted; when `read` raises it, the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One usable audio file."""
+
+    path: Path  # absolute
+    id: str  # path below the data root, "/" between its parts; unique in a scan
+    num_samples: int  # per channel at the target rate: ceil(frames * target / source)
+    source_rate: int  # Hz in the file
+    channels: int
+    transcript: str | None = None
+    speaker: str | None = None
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What `scan` found; `sample_rate` (Hz) and `min_s` (seconds) are what it was asked for."""
+
+    clips: tuple[Clip, ...]  # usable, sorted by id
+    too_short: int  # files dropped for being shorter than min_s
+    bad: tuple[tuple[str, str], ...]  # (id, reason) of each unreadable file, sorted by id
+    resampled: int  # clips whose rate differs from the target
+    sample_rate: int = 16000
+    min_s: float = 0.0
+
+    def hours(self, sample_rate: int | None = None) -> float:
+        """Length of all clips; `sample_rate` is the scan's own unless given."""
+        return sum(clip.num_samples for clip in self.clips) / (sample_rate or self.sample_rate) / 3600
+
+    def summary(self) -> str:
+        """One line of counts, then one with the first unreadable files if there are any."""
+        text = f"{len(self.clips)} clips, {self.hours():.2f} h at {self.sample_rate} Hz"
+        if self.too_short:
+            text += f"; {self.too_short} dropped as shorter than data.min_s={self.min_s:g} s"
+        if self.resampled:
+            rates = Counter(clip.source_rate for clip in self.clips if clip.source_rate != self.sample_rate)
+            text += f"; {self.resampled} resampled ({', '.join(f'{n} from {r} Hz' for r, n in sorted(rates.items()))})"
+        return text + (f"\n{len(self.bad)} unreadable: {_first(self.bad, '; ')}" if self.bad else "")
+
+
+def scan(
+    path: str | Path,
+    *,
+    sample_rate: int = 16000,
+    min_s: float = 0.0,
+    rate_policy: Literal["resample", "refuse"] = "resample",
+    max_bad_ratio: float = 0.01,
+    split: str | None = None,
+    num_threads: int = 4,
+) -> ScanReport:
+    """List the usable clips of a folder, a table or a single audio file, from headers alone.
+
+    Args:
+        path: a folder, searched with its sub-folders; a .tsv file, either a fairseq manifest or with a header line
+            that has a column `file`; or one audio file.
+        sample_rate: Hz that clips will be read at.
+        min_s: seconds; shorter clips are dropped and counted.
+        rate_policy: "refuse" stops at a file of another rate.
+        max_bad_ratio: share of unreadable files, in [0, 1], above which the scan stops.
+        split: value to keep in a table's column `split`; for a folder, the sub-folder to search.
+    Raises:
+        UserError: something the user must mend; the message says what and how.
+    """
+    if not MIN_RATE <= sample_rate <= MAX_RATE:
+        raise UserError(f"data.sample_rate={sample_rate}: expected {MIN_RATE} to {MAX_RATE} Hz, such as 16000.")
+    entries = sorted(_entries(path, split), key=lambda entry: entry.id)
+    with ThreadPoolExecutor(num_threads) as pool:
+        probed = list(pool.map(lambda entry: _probe(entry, sample_rate), entries))
+
+    clips: list[Clip] = []
+    bad: list[tuple[str, str]] = []
+    for entry, result in zip(entries, probed, strict=True):
+        if isinstance(result, BadClip):  # ask again, alone: libsndfile keeps the error of a failed open in a global
+            result = _probe(entry, sample_rate)
+        if isinstance(result, BadClip):
+            bad.append((entry.id, str(result)))
+        else:
+            clips.append(result)
+    long = tuple(clip for clip in clips if clip.num_samples >= min_s * sample_rate)
+    other = [clip for clip in long if clip.source_rate != sample_rate]
+    report = ScanReport(long, len(clips) - len(long), tuple(bad), len(other), sample_rate, min_s)
+
+    if len(bad) > max_bad_ratio * len(entries):
+        share = f"{len(bad)} of {len(entries)} audio files ({len(bad) / len(entries):.1%})"
+        raise UserError(
+            f"data.path={path}: {share} are unreadable, more than data.max_bad_ratio={max_bad_ratio:g} allows:\n"
+            f"  {_first(bad, chr(10) + '  ')}\nMend or remove them, or raise data.max_bad_ratio to do without them."
+        )
+    if not long:
+        raise UserError(
+            f"data.path={path}: none of {len(entries)} audio files is usable, {report.too_short} are shorter than "
+            f"data.min_s={min_s:g} s and {len(bad)} unreadable. Lower data.min_s or give longer files."
+        )
+    if other and rate_policy == "refuse":
+        first, rate = other[0].id, other[0].source_rate
+        raise UserError(
+            f"data.path={path}: {len(other)} of {len(long)} files are not at data.sample_rate={sample_rate} Hz, first "
+            f"{first} at {rate} Hz. Set data.rate_policy=resample, or data.sample_rate={rate} if all are at that rate."
+        )
+    return report
+
+
+def read(clip: Clip, sample_rate: int) -> np.ndarray:
+    """Decode a clip, average its channels and resample it (windowed sinc, torchaudio's defaults).
+
+    Args:
+        sample_rate: Hz, the one that the clip was scanned for.
+    Returns:
+        (clip.num_samples,) float32, nominally in [-1, 1].
+    Raises:
+        BadClip: damaged, changed since the scan, or not finite.
+    """
+    try:
+        with _opened(clip.path) as file:
+            length = _length(file.frames, file.samplerate, sample_rate)
+            if (file.samplerate, length) != (clip.source_rate, clip.num_samples):
+                raise BadClip(f"changed since the scan, or scanned for another rate than {sample_rate} Hz")
+            x = _decode(file)
+            if abs(len(x) - file.frames) > (MP3_SLACK if file.format == "MP3" else 0):
+                raise BadClip(f"damaged: {file.frames} samples promised, {len(x)} decoded")
+            x = _finite(_fit(x, file.frames))
+        if clip.source_rate != sample_rate:
+            x = _finite(_fit(_resample(x, clip.source_rate, sample_rate), length))
+        return x
+    except BadClip as error:
+        raise BadClip(f"{clip.path}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------ which files there are
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file to look at, and what the folder or the table says about it."""
+
+    id: str
+    path: Path
+    transcript: str | None = None
+    speaker: str | None = None
+    frames: int | None = None  # length in samples of the file, as a manifest lists it
+
+
+def _entries(given: str | Path, split: str | None) -> list[_Entry]:
+    if not str(given).strip():
+        raise UserError("data.path is empty: give a folder, a .tsv table or an audio file.")
+    path = Path(given).expanduser().resolve()
+    if path.is_dir():
+        return _folder(path, given, split)
+    if not path.exists():
+        parent = next(parent for parent in path.parents if parent.is_dir())
+        missing, names = path.relative_to(parent).parts[0], sorted(os.listdir(parent))
+        near = difflib.get_close_matches(missing, names, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There is: {', '.join(names[:9]) or '-'}."
+        raise UserError(f"data.path={given} does not exist: there is no {missing!r} in {parent}. {hint}")
+    if path.suffix.lower() == ".tsv":
+        return _table(path, given, split)
+    if path.suffix.lower() not in AUDIO_EXTENSIONS:
+        kinds = " ".join(AUDIO_EXTENSIONS)
+        raise UserError(f"data.path={given}: expected a folder, a .tsv table or an audio file ({kinds}).")
+    if split is not None:
+        raise UserError(f"data.path={given} is one file and has no split {split!r}: leave the split out.")
+    return [_Entry(path.name, path)]
+
+
+def _folder(root: Path, given: str | Path, split: str | None) -> list[_Entry]:
+    """Audio files below a folder. Hidden names are left out; links to folders are followed, each folder once."""
+
+    def stop(error: OSError) -> NoReturn:
+        raise UserError(f"data.path={given}: cannot list {error.filename} ({error.strerror}): mend its permissions.")
+
+    top = root if split is None else root / split
+    if not top.is_dir():
+        there = ", ".join(sorted(child.name for child in root.iterdir() if child.is_dir())) or "none"
+        raise UserError(f"data.path={given} has no sub-folder for split {split!r}. Sub-folders: {there}.")
+    entries: list[_Entry] = []
+    found: Counter[str] = Counter()
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(top, onerror=stop, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        texts = _librispeech_texts(paths)
+        for path in paths:
+            found[path.suffix.lower() or "no extension"] += 1
+            if path.suffix.lower() in AUDIO_EXTENSIONS and path.is_file():
+                speaker = path.parent.parent.name if path.stem in texts else None
+                entries.append(_Entry(path.relative_to(root).as_posix(), path, texts.get(path.stem), speaker))
+    if not entries:
+        kinds = ", ".join(f"{number} x {kind}" for kind, number in found.most_common(5)) or "no files at all"
+        raise UserError(
+            f"data.path={given}: no audio files in {top} or below. Looked for {' '.join(AUDIO_EXTENSIONS)}; found "
+            f"{kinds}. Unpack archives, convert other formats (ffmpeg -i in.m4a out.flac) or mend the path."
+        )
+    return entries
+
+
+def _librispeech_texts(paths: Iterable[Path]) -> dict[str, str]:
+    """Transcripts by utterance from the *.trans.txt of speaker/chapter/, whose lines are `utterance WORDS`."""
+    lines = (line for path in paths if path.name.endswith(".trans.txt") for line in _lines(path))
+    split = (line.strip().partition(" ") for line in lines)
+    return {utterance: words.strip() for utterance, _, words in split if words}
+
+
+def _table(table: Path, given: str | Path, split: str | None) -> list[_Entry]:
+    """Entries of a .tsv file of either kind; a file may stand in it once."""
+    lines = _lines(table)
+    columns, root = lines[0].split("\t"), table.parent
+    if "file" not in columns:  # a fairseq manifest
+        if len(columns) != 1 or not columns[0] or not (root / columns[0]).is_dir():
+            raise UserError(
+                f"data.path={given} line 1 is {lines[0][:120]!r}: expected tab separated columns with 'file' among "
+                "them, or, in a fairseq manifest, only the root folder, which must exist."
+            )
+        columns, root = ["file", "number of samples"], root / columns[0]
+    if split is not None and "split" not in columns:
+        raise UserError(f"data.path={given} has no column 'split' to find {split!r} in: leave the split out.")
+
+    entries: list[_Entry] = []
+    first: dict[str, int] = {}
+    splits: set[str] = set()
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        cells = line.split("\t")
+        row = dict(zip(columns, cells, strict=False))
+        file, frames = PurePosixPath(row["file"]), row.get("number of samples")
+        problem = None
+        if len(cells) != len(columns) or not row["file"].strip():
+            problem = f"does not have the {len(columns)} fields"
+        elif file.is_absolute() or ".." in file.parts:
+            problem = f"names a file outside of {root}"
+        elif frames is not None and not (frames.isascii() and frames.isdigit()):
+            problem = f"has {frames!r} for a number of samples"
+        elif str(file) in first:
+            problem = f"repeats the file of line {first[str(file)]}; remove one of the two"
+        if problem:
+            form = "<TAB>".join(columns)
+            raise UserError(f"data.path={given} line {number} {problem}: {line[:120]!r}. Expected {form}.")
+        first[str(file)] = number
+        splits.add(row.get("split", ""))
+        if split is None or row["split"] == split:
+            texts = row.get("transcript") or None, row.get("speaker") or None
+            entries.append(_Entry(str(file), root / file, *texts, int(frames) if frames else None))
+    if not entries:
+        there = f" of split {split!r}; its splits are {', '.join(sorted(splits))}." if splits else " after line 1."
+        raise UserError(f"data.path={given} lists no files{there}")
+    return entries
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.") from None
+
+
+# ---------------------------------------------------------------------------------------------- headers and bytes
+
+
+def _probe(entry: _Entry, sample_rate: int) -> Clip | BadClip:
+    """The clip that a header describes, or why there is none."""
+    try:
+        with _opened(entry.path) as file:
+            frames, rate, channels = file.frames, file.samplerate, file.channels
+    except BadClip as error:
+        return error
+    ratio = max(rate, sample_rate) // math.gcd(rate, sample_rate)
+    if not MIN_RATE <= rate <= MAX_RATE or ratio > MAX_RATIO:
+        return BadClip(f"its rate of {rate} Hz cannot be resampled to {sample_rate} Hz: convert it to a usual rate")
+    if entry.frames is not None and entry.frames != frames:
+        return BadClip(f"the manifest lists {entry.frames} samples, the file has {frames}")
+    length = _length(frames, rate, sample_rate)
+    return Clip(entry.path, entry.id, length, rate, channels, entry.transcript, entry.speaker)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
+    """An open file that has all the bytes its header promises. What goes wrong, also while in use, becomes BadClip."""
+    try:
+        if not path.is_file():  # neither may it be a pipe, which would block
+            raise BadClip("no such file")
+        with path.open("rb") as raw:
+            size = os.fstat(raw.fileno()).st_size
+            if size == 0:
+                raise BadClip("the file is empty (0 bytes)")
+            try:
+                file = soundfile.SoundFile(os.fsencode(path))  # pyright: ignore[reportArgumentType]
+            except soundfile.LibsndfileError as error:
+                why = error.error_string or "format not recognised"
+                start = raw.read(24)
+                raise BadClip(f"not an audio file that libsndfile can read: {why}, it starts with {start!r}") from None
+            with file:
+                if file.format in ("WAV", "WAVEX", "RF64", "AIFF"):
+                    _check_chunks(raw, size, file.frames)
+                elif file.format == "OGG":
+                    _check_ogg(raw, size)
+                elif file.format == "MP3":
+                    _check_mp3(raw, size)
+                elif file.format != "FLAC":  # whose blocks have checksums, so that a damaged one fails in `read`
+                    raise BadClip(f"format {file.format} is not supported: convert it to FLAC")
+                if file.frames <= 0:
+                    raise BadClip("it holds no samples")
+                if file.frames * file.channels > MAX_EXPANSION * size:
+                    raise BadClip(f"its header gives no believable length: {file.frames} samples in {size} bytes")
+                yield file
+    except soundfile.LibsndfileError as error:
+        raise BadClip(f"damaged: {error.error_string}") from None
+    except OSError as error:
+        raise BadClip(f"cannot be read: {error.strerror or error}") from None
+
+
+def _check_chunks(raw: BinaryIO, size: int, frames: int) -> None:
+    """WAV, RF64 and AIFF: the chunk with the samples lies within the file."""
+    raw.seek(0)
+    magic, whole = raw.read(4), raw.read(4)
+    order: Literal["little", "big"] = "big" if magic in (b"FORM", b"RIFX") else "little"
+    position, long_length = 12, 0
+    for _ in range(1000):  # chunks; garbage could have millions
+        raw.seek(position)
+        tag, length = raw.read(4), int.from_bytes(raw.read(4), order)
+        position += 8
+        if tag == b"ds64":  # RF64 keeps its 64-bit lengths here: of the whole, of the samples
+            long_length = int.from_bytes(raw.read(16)[8:], "little")
+        elif tag in (b"data", b"SSND"):
+            if length == frames == 0 and position < size:
+                raise BadClip("its header says 0 bytes of audio (a recording that was not closed): repair the header")
+            length = long_length if length == 0xFFFFFFFF and long_length else length
+            if length not in UNKNOWN_SIZES and position + length > size:
+                raise BadClip(f"truncated: {length} bytes of audio promised, {size - position} present")
+            return
+        position += length
+        if length % 2:
+            raw.seek(position)
+            position += raw.read(1) == b"\0"  # a pad byte, which some writers forget
+    if int.from_bytes(whole, order) + 8 > size:
+        raise BadClip(f"truncated: {int.from_bytes(whole, order) + 8} bytes promised, {size} present")
+
+
+def _check_ogg(raw: BinaryIO, size: int) -> None:
+    """Ogg: the last page is whole and marked as the end of the stream (RFC 3533, section 6)."""
+    raw.seek(max(0, size - 65307))  # bytes of the largest page
+    tail = raw.read()
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    if len(page) < 27 or not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+        raise BadClip(
+            "truncated: its last Ogg page is not the end of the stream (if it plays: ffmpeg -i in -c copy out)"
+        )
+
+
+def _check_mp3(raw: BinaryIO, size: int) -> None:
+    """MP3: the first frame holds a tag with the length (Xing, Info or VBRI) and the file has as many bytes.
+
+    Without a tag libsndfile guesses the length from the first frame's bit rate and reads no further than that, which
+    cuts files of variable bit rate silently.
+    """
+    raw.seek(0)
+    head = raw.read(10)
+    if head[:3] == b"ID3":  # 10 bytes, then a length in 4 x 7 bits
+        raw.seek(10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]))
+    else:
+        raw.seek(0)
+    start, frame = raw.tell(), raw.read(256)
+    at = max(frame.find(b"Xing"), frame.find(b"Info"))
+    if at < 0 and b"VBRI" not in frame:
+        raise BadClip("an MP3 without length tag, ffmpeg -i in.mp3 -c copy out.mp3 adds one")
+    flags = frame[at + 7] if at >= 0 else 0  # bit 0: a 4-byte count of frames follows; bit 1: a count of bytes
+    field = at + 8 + 4 * (flags & 1)
+    promised = int.from_bytes(frame[field : field + 4], "big") if flags & 2 else 0
+    if size - start < 0.99 * promised:  # mpg123's tolerance
+        raise BadClip(f"truncated: {promised} bytes promised, {size - start} present")
+
+
+# -------------------------------------------------------------------------------------------------------- samples
+
+
+def _decode(file: soundfile.SoundFile) -> np.ndarray:
+    """(frames,) float32, the mean of the channels. In blocks, so that memory follows the data and not the header."""
+    blocks = [np.zeros(0, np.float32)]
+    while len(block := file.read(max(1, 2**20 // file.channels), dtype="float32", always_2d=True)):
+        blocks.append(block.mean(axis=1))
+    return np.concatenate(blocks)
+
+
+def _length(frames: int, source: int, target: int) -> int:
+    return -(-frames * target // source)
+
+
+def _resample(x: np.ndarray, source: int, target: int) -> np.ndarray:
+    import torch  # here, since scanning does without
+    from torchaudio.functional import resample
+
+    return resample(torch.from_numpy(x), source, target).numpy()
+
+
+def _fit(x: np.ndarray, length: int) -> np.ndarray:
+    """Trim or pad the end: the slack of MP3, and of torchaudio, which computes its length in float32."""
+    return np.pad(x[:length], (0, max(0, length - len(x))))
+
+
+def _finite(x: np.ndarray) -> np.ndarray:
+    wrong = np.flatnonzero(~np.isfinite(x))
+    if len(wrong):
+        raise BadClip(f"{len(wrong)} samples are NaN or infinite, the first is number {wrong[0]}")
+    return x
+
+
+def _first(bad: Iterable[tuple[str, str]], separator: str) -> str:
+    """Five names with reasons; bytes in a name that are no text are escaped, to be printable."""
+    named = [f"{name} ({reason})" for name, reason in bad]
+    text = separator.join(named[:5] + ([f"and {len(named) - 5} more"] if len(named) > 5 else []))
+    return text.encode("utf-8", "backslashreplace").decode()

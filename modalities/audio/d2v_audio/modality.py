@@ -1,0 +1,126 @@
+"""The audio modality: its configuration, and how its parts meet the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v_audio.data import AudioConfig, AudioSample, open_dataset, phone_probe
+from d2v_audio.feature_encoder import AudioEncoder, LogMelConfig, WaveformConfig, make_encoder, make_geometry
+from d2v_core.config import RunConfig, opt
+from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, ProbeTask
+from d2v_core.errors import UserError
+from d2v_core.masking import SpanMasking, SpanMaskingConfig
+from d2v_core.positions import ConvPositionsConfig
+
+
+@dataclass
+class AudioPositionsConfig(ConvPositionsConfig):
+    """Relative positions by convolution."""
+
+    teacher: Literal["average", "copy"] = opt(
+        "copy",
+        "How the teacher's positions follow the student's. The official Base recipe copies them (`ema_layers_only`); "
+        "the released Base checkpoint's stored configuration says they were averaged.",
+    )
+
+
+class AudioModality(Modality[AudioSample]):
+    """Sound, sampled at `data.sample_rate`. Sizes are counted in samples, amounts in seconds."""
+
+    name = "audio"
+    unit = "s of audio"
+    encoders = ("logmel", "waveform")
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.data = config.section("data", AudioConfig)
+        self.positions = config.section("positions", AudioPositionsConfig)
+        kind = WaveformConfig if config.encoder == "waveform" else LogMelConfig
+        self.features: WaveformConfig | LogMelConfig = config.section("features", kind)
+        try:
+            self.geometry = make_geometry(self.features, self.data.sample_rate)
+            self.data.check()
+            SpanMasking(config.section("mask", SpanMaskingConfig))
+        except ValueError as error:
+            raise UserError(f"This configuration cannot work: {error}") from error
+
+    @classmethod
+    def sections(cls, encoder: str) -> Mapping[str, type]:
+        return {
+            "data": AudioConfig,
+            "features": WaveformConfig if encoder == "waveform" else LogMelConfig,
+            "positions": AudioPositionsConfig,
+            "mask": SpanMaskingConfig,
+        }
+
+    @classmethod
+    def recipes(cls) -> Path:
+        return Path(__file__).parent / "recipes"
+
+    def dataset(self, split: str) -> Dataset[AudioSample]:
+        return open_dataset(self.data, split, self.config.seed, self.min_samples)
+
+    @property
+    def min_samples(self) -> int:
+        """Shortest clip of use: data.min_s, and two tokens in any case, one to hide and one to see."""
+        tokens = self.geometry.min_samples
+        while self.geometry.num_tokens(tokens) < 2:
+            tokens += 1
+        return max(tokens, round(self.data.min_s * self.data.sample_rate))
+
+    def batching(self) -> Batching:
+        data = self.data
+        rate = data.sample_rate
+        micro = data.micro_batch_s or data.batch_s
+        return Batching(round(data.batch_s * rate), round(micro * rate), round(data.max_s * rate), data.crop)
+
+    def prepare(self, sample: AudioSample, size: int, rng: np.random.Generator) -> AudioSample:
+        """A random stretch of `size` samples of a longer clip, ends included."""
+        excess = len(sample.waveform) - size
+        if excess <= 0:
+            return sample
+        start = int(rng.integers(excess + 1))
+        return AudioSample(sample.waveform[start : start + size])
+
+    def layout(self, sample: AudioSample) -> Layout:
+        return Layout((self.geometry.num_tokens(len(sample.waveform)),))
+
+    def collate(self, samples: Sequence[AudioSample]) -> Mapping[str, Tensor]:
+        """waveform (B, S) float32, zeros behind shorter clips; num_samples (B,) int64 only where some are shorter."""
+        lengths = [len(sample.waveform) for sample in samples]
+        waveform = torch.zeros(len(samples), max(lengths))
+        for row, sample in zip(waveform, samples, strict=True):
+            row[: len(sample.waveform)] = torch.from_numpy(sample.waveform)
+        if min(lengths) == max(lengths):
+            return {"waveform": waveform}
+        return {"waveform": waveform, "num_samples": torch.tensor(lengths)}
+
+    def amount(self, inputs: Mapping[str, Tensor]) -> float:
+        samples = inputs["num_samples"].sum().item() if "num_samples" in inputs else inputs["waveform"].numel()
+        return samples / self.data.sample_rate
+
+    def masking(self) -> MaskingPolicy:
+        return SpanMasking(self.config.section("mask", SpanMaskingConfig))
+
+    def feature_encoder(self) -> AudioEncoder:
+        return make_encoder(self.features, self.config.model, self.positions, self.data.sample_rate)
+
+    def teacher_parts(self) -> Mapping[str, Part]:
+        """The front end and its projection are the student's own; the mask vector is of no use to a teacher."""
+        return {
+            "encoder": "average",
+            "encoder.embedding": "share",
+            "encoder.mask_embedding": "share",
+            "encoder.positions": self.positions.teacher,
+            "transformer": "average",
+        }
+
+    def probe(self) -> ProbeTask:
+        return phone_probe(self)
