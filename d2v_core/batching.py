@@ -8,7 +8,7 @@ may share out whole micro-batches and change nothing.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ def plan_epoch(sizes: np.ndarray, batching: Batching, seed: int, epoch: int) -> 
             groups.append([i])
             longest = int(capped[i])
     parts = max(1, round(batching.batch / batching.micro_batch))
-    shuffled = [groups[i] for i in rng.permutation(len(groups))]
+    shuffled = [groups[int(i)] for i in rng.permutation(len(groups))]
     steps = [shuffled[i : i + parts] for i in range(0, len(shuffled), parts)]
     if len(steps) > 1 and len(steps[-1]) < parts:
         steps.pop()
@@ -124,9 +124,10 @@ class _MicroBatches(TorchDataset[Batch]):
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches every process of the group; the training process alone decides what to do about it."""
+    """A signal to the whole process group is for the training process to answer; it ends the workers itself."""
     del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -163,7 +164,7 @@ class StepLoader:
             _MicroBatches(modality, dataset, modality.masking(), num_copies, seed),
             sampler=_Endless(dataset.sizes, batching, seed, epoch, step),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
             num_workers=num_workers,
             worker_init_fn=_start_worker if num_workers else None,
             prefetch_factor=4 if num_workers else None,
@@ -171,7 +172,7 @@ class StepLoader:
         )
         self._plan = _Endless(dataset.sizes, batching, seed, epoch, step)
 
-    def __iter__(self) -> Iterator[tuple[int, int, list[Batch]]]:
+    def __iter__(self) -> Generator[tuple[int, int, list[Batch]], None, None]:
         pending: list[Batch] = []
         for micro, batch in zip(self._plan, self._loader, strict=True):
             pending.append(batch)

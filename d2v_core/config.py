@@ -221,6 +221,20 @@ def parse_arguments(argv: Sequence[str]) -> dict[str, str]:
     return values
 
 
+def options(kind: type[T], argv: Sequence[str], verb: str) -> T:
+    """`key=value` words for a verb of its own, checked against a dataclass. Raises UserError as a run would."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    words = [f"{key}={value}" for key, value in parse_arguments(argv).items()]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(words))
+        return cast("T", OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        first = re.sub(r" not in '[^']+'", " is not an option", str(error).splitlines()[0])
+        raise UserError(f"{verb}: {first}\n`d2v {verb} --help` lists the options.") from None
+
+
 def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig, type[Modality[Any]]]:
     """Defaults, then the preset, then the command line.
 
@@ -242,7 +256,8 @@ def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig
     encoder = values.get("encoder", "") or str(recipe.get("encoder", "")) or modality.encoders[0]
     if encoder not in modality.encoders:
         raise UserError(
-            f"encoder={encoder!r} is not one of {name}'s: {', '.join(modality.encoders)}.{_hint(encoder, modality.encoders)}"
+            f"encoder={encoder!r} is not one of {name}'s: {', '.join(modality.encoders)}."
+            f"{_hint(encoder, modality.encoders)}"
         )
     return _merge(modality, recipe, {**values, "encoder": encoder}, f"preset {preset}"), modality
 
@@ -270,7 +285,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds no mapping of keys to values.")
-    return {str(key): value for key, value in loaded.items()}
+    return {str(key): value for key, value in cast("dict[Any, Any]", loaded).items()}
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -360,9 +375,9 @@ def _merge(
     ]
     fields += [(n, kind, field(default_factory=kind)) for n, kind in {**CORE_SECTIONS, **own}.items()]
     schema = dataclasses.make_dataclass("Run", fields)
+    where = source
     try:
         node = OmegaConf.structured(schema)
-        where = source
         node = OmegaConf.merge(node, _rename(base))
         where = "the command line"
         node = OmegaConf.merge(node, OmegaConf.from_dotlist([f"{k}={v}" for k, v in _rename(values).items()]))

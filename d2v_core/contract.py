@@ -58,7 +58,7 @@ class _Movable:
             for f in fields(self)  # pyright: ignore[reportArgumentType]
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)  # pyright: ignore[reportType, reportArgumentType]
+        return replace(self, **moved)  # pyright: ignore
 
     def pin_memory(self: MovableT) -> MovableT:
         pinned = {
@@ -66,7 +66,7 @@ class _Movable:
             for f in fields(self)  # pyright: ignore[reportArgumentType]
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **pinned)  # pyright: ignore[reportType, reportArgumentType]
+        return replace(self, **pinned)  # pyright: ignore
 
 
 @dataclass(frozen=True)

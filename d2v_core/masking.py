@@ -23,6 +23,7 @@ class SpanMaskingConfig:
     same_count: bool = opt(
         True, "Hide equally many tokens in every sample of a micro-batch, by showing single random ones again."
     )
+    mask_dropout: float = opt(0.0, "Share of each sample's hidden tokens that are shown again in the end, at random.")
 
 
 def span_mask(
@@ -66,6 +67,8 @@ class SpanMasking:
                 f"mask.mask_prob={config.mask_prob} must lie between 0 and 1 and "
                 f"mask.mask_length={config.mask_length} must be at least 1"
             )
+        if not 0 <= config.mask_dropout < 1:
+            raise ValueError(f"mask.mask_dropout={config.mask_dropout} must lie between 0 and 1")
         self.config = config
 
     def __call__(self, layouts: Sequence[Layout], num_copies: int, rngs: Sequence[np.random.Generator]) -> Masks:
@@ -78,6 +81,9 @@ class SpanMasking:
         if config.same_count:
             least = min(int(mask.sum()) for mask in masks)
             masks = [trim_mask(mask, least, rngs[i // num_copies]) for i, mask in enumerate(masks)]
+        if config.mask_dropout > 0:
+            keep = [int(mask.sum()) - round(mask.sum() * config.mask_dropout) for mask in masks]
+            masks = [trim_mask(mask, keep[i], rngs[i // num_copies]) for i, mask in enumerate(masks)]
         hidden = np.zeros((len(layouts), num_copies, max(layout.num_tokens for layout in layouts)), dtype=bool)
         for i, mask in enumerate(masks):
             hidden[i // num_copies, i % num_copies, : len(mask)] = mask

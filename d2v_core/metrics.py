@@ -52,7 +52,9 @@ class TensorBoard:
     def write(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if name != "step":
-                self._writer.add_scalar(name, value, int(metrics["step"]))
+                self._writer.add_scalar(  # pyright: ignore[reportUnknownMemberType]
+                    name, value, int(metrics["step"])
+                )
 
     def close(self) -> None:
         self._writer.close()

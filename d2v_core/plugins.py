@@ -10,7 +10,7 @@ import difflib
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from d2v_core.errors import UserError
 
@@ -95,7 +95,8 @@ def load(name: str) -> type[Modality[Any]]:
 
     if answers is None:
         raise UserError(
-            f"The plugin of {whence} has no hook d2v_modality. Define `@hookimpl def d2v_modality(): return YourModality`."
+            f"The plugin of {whence} has no hook d2v_modality. "
+            "Define `@hookimpl def d2v_modality(): return YourModality`."
         )
     if not (isinstance(answers, type) and issubclass(answers, Modality)):
         raise UserError(
@@ -106,7 +107,7 @@ def load(name: str) -> type[Modality[Any]]:
             f"The plugin of {whence} brings a modality that calls itself {answers.name!r}; "
             "its `name` and the entry point's must agree."
         )
-    return answers
+    return cast("type[Modality[Any]]", answers)
 
 
 def _describe(entry: EntryPoint) -> Plugin:

@@ -97,11 +97,11 @@ def fit_linear(x: Tensor, y: Tensor, num_classes: int, l2: float, iterations: in
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(x, weight, bias), y) + l2 * weight.square().sum()
-        loss.backward()
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)
+        optimizer.step(closure)  # pyright: ignore[reportUnknownMemberType]
     fitted_weight, fitted_bias = weight.detach(), bias.detach()
 
     def classify(features: Tensor) -> Tensor:

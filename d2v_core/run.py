@@ -24,8 +24,8 @@ from d2v_core.transformer import Transformer, init_bert
 def build_model(modality: Modality[Any]) -> Data2Vec:
     """The network of a configuration with its initial weights, which depend on the seed alone."""
     config = modality.config
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(config.seed, "init"))
+    with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+        torch.default_generator.manual_seed(seed_of(config.seed, "init"))
         transformer = Transformer(config.model)
         init_bert(transformer)
         try:

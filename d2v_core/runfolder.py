@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,5 +97,5 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update(_flatten(cast("dict[str, Any]", value), f"{prefix}{key}."))
         else:
-            flat[prefix + key] = os.fspath(value) if isinstance(value, os.PathLike) else value
+            flat[prefix + key] = value
     return flat

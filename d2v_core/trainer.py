@@ -6,7 +6,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from d2v_core.keyed import seed_of
 from d2v_core.metrics import Display, MetricsFile, TensorBoard, write_json
 from d2v_core.optim import make_optimizer, set_step
 from d2v_core.schedules import decay_at, lr_at
+from d2v_core.transformer import Block
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 INTERRUPTED = 130
@@ -43,6 +44,12 @@ class StepResult:
     grad_norm: Tensor
     masked: Tensor
 
+    def numbers(self) -> dict[str, float]:
+        """Everything at once, so that a device is waited for once."""
+        names = [f.name for f in dataclasses.fields(self)]
+        values = torch.stack([getattr(self, name) for name in names]).cpu()
+        return {name: float(value) for name, value in zip(names, values, strict=True)}
+
 
 class Updater:
     """One optimizer update from a step's micro-batches. Owns the optimizer, the loss scaler and the schedules."""
@@ -52,7 +59,7 @@ class Updater:
         self.optimizer = make_optimizer(model, config.optim)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.dtype = AUTOCAST[config.train.precision]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.forward: Callable[..., Any] = model
 
     def update(self, step: int, batches: Sequence[Batch], teacher_inputs: Callable[[Batch], Any]) -> StepResult:
@@ -62,7 +69,7 @@ class Updater:
         so gradients are taken of sums over a first guess and corrected once.
         """
         config = self.config
-        torch.manual_seed(seed_of(config.seed, "step", step))  # dropout: the same after a resume
+        _seed(seed_of(config.seed, "step", step))  # dropout: the same after a resume
         set_step(self.optimizer, lr_at(step, config.train.max_steps, config.optim), step, config.optim)
         self.optimizer.zero_grad(set_to_none=True)
         guess = max(_num_scored(batches[0]) * len(batches), 1)
@@ -75,7 +82,7 @@ class Updater:
             assert batch.masks is not None
             with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
                 out = self.forward(batch.inputs, batch.masks, teacher_inputs(batch))
-            self.scaler.scale(out.loss_sum / guess).backward()
+            self.scaler.scale(out.loss_sum / guess).backward()  # pyright: ignore[reportUnknownMemberType]
             loss_sum += out.loss_sum.detach()
             stds.append(torch.stack([out.target_std, out.prediction_std.detach()]))
             hidden += batch.masks.hidden.float().mean() / len(batches)
@@ -91,6 +98,12 @@ class Updater:
         self.model.update_teacher(decay_at(step + 1, config.train.max_steps, config.teacher))
         target_std, pred_std = torch.stack(stds).mean(0).unbind()
         return StepResult(loss_sum / total, target_std, pred_std, grad_norm, hidden)
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 
 def _num_scored(batch: Batch) -> int:
@@ -135,9 +148,9 @@ class Trainer:
         if found:
             self._restore(found[-1])
         if train.compile:
-            for part in (self.model.student.transformer, self.model.teacher.module.transformer):
-                for block in part.blocks:
-                    block.compile()
+            for module in self.model.modules():
+                if isinstance(module, Block):
+                    module.compile()  # pyright: ignore[reportUnknownMemberType]
         with self._signals(), Display(self.console, train.max_steps, self.progress.step, self.modality.unit) as display:
             finished = self._loop(dataset, display)
         if not finished:
@@ -163,8 +176,8 @@ class Trainer:
         writers = [metrics_file, *([TensorBoard(self.out / "tensorboard", progress.step)] if train.tensorboard else [])]
         base, started = progress.seconds, time.perf_counter()
         since, amount, waited = started, 0.0, 0.0
+        batches = iter(loader)
         try:
-            batches = iter(loader)
             while progress.step < train.max_steps:
                 if self._signal is not None:
                     return False
@@ -181,14 +194,12 @@ class Trainer:
                 progress.amount += sum(batch.amount for batch in usable)
                 display.advance(progress.step)
                 if progress.step % train.log_every == 0 or progress.step == train.max_steps or progress.step == 1:
-                    values = torch.stack(
-                        [result.loss, result.target_std, result.pred_std, result.grad_norm, result.masked]
-                    ).tolist()
+                    values = result.numbers()
                     now = time.perf_counter()
                     progress.seconds = base + now - started
-                    metrics = {
+                    metrics: dict[str, float] = {
                         "step": progress.step,
-                        **dict(zip(("loss", "target_std", "pred_std", "grad_norm", "masked"), values, strict=True)),
+                        **values,
                         "ema_decay": decay_at(progress.step - 1, train.max_steps, config.teacher),
                         "lr": lr_at(progress.step - 1, train.max_steps, config.optim),
                         "epoch": progress.epoch,
@@ -209,6 +220,7 @@ class Trainer:
             progress.seconds = base + time.perf_counter() - started
             return True
         finally:
+            batches.close()  # ends the workers
             for writer in writers:
                 writer.close()
 
@@ -267,8 +279,8 @@ class Trainer:
             checkpoint.save(self.out / "checkpoints", self.progress.step, stored, self.config.train.keep_checkpoints)
         except OSError as error:
             raise UserError(
-                f"The checkpoint of step {self.progress.step} cannot be written to {self.out / 'checkpoints'}: {error}. "
-                "Older checkpoints are intact; make room and go on with resume=auto."
+                f"The checkpoint of step {self.progress.step} cannot be written to {self.out / 'checkpoints'}: {error}."
+                " Older checkpoints are intact; make room and go on with resume=auto."
             ) from error
 
     def _restore(self, folder: Path) -> None:
@@ -322,7 +334,7 @@ class Trainer:
         )  # fmt: skip
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _signals(self) -> Generator[None]:
         """The first SIGINT or SIGTERM lets the step end and saves; a second SIGINT stops at once."""
 
         def ask(number: int, frame: object) -> None:

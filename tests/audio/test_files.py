@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def tone(seconds: float = 0.5, rate: int = 16000, hz: float = 440.0, channels: i
     return x if channels == 1 else np.repeat(x[:, None], channels, axis=1)
 
 
-def write(path: Path, x: np.ndarray | None = None, rate: int = 16000, **kind: str) -> Path:
+def write(path: Path, x: np.ndarray | None = None, rate: int = 16000, **kind: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     sf.write(path, tone() if x is None else x, rate, **kind)
     return path
@@ -61,7 +62,7 @@ def tsv(path: Path, *lines: str) -> Path:
 # ------------------------------------------------------------------------------------------------ formats and samples
 
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "a.wav": {},
     "f.wav": {"subtype": "FLOAT"},
     "p24.WAV": {"subtype": "PCM_24"},
@@ -140,10 +141,20 @@ def test_truncated_wav_says_how_much_is_missing(tmp_path):
     assert reason(path) == "truncated: 16000 bytes of audio promised, 1000 present"
 
 
-def test_truncated_ogg_says_so(tmp_path):
-    path = write(tmp_path / "a.opus", tone(4.0), format="OGG", subtype="OPUS")
-    path.write_bytes(path.read_bytes()[:-1])
+def test_damaged_ogg_is_seen_at_scan_or_in_read(tmp_path):
+    path = tmp_path / "a.opus"
+    whole = write(path, tone(4.0), format="OGG", subtype="OPUS").read_bytes()
+    path.write_bytes(whole[:-1])
+    assert reason(path) == "truncated or damaged: an Ogg page does not fit its checksum"
+    path.write_bytes(whole[: whole.rfind(b"OggS")])
     assert reason(path).startswith("truncated: its last Ogg page is not the end of the stream")
+    for bit in np.random.default_rng(3).integers(0, 8 * len(whole), 100):
+        mutant = bytearray(whole)
+        mutant[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(mutant)
+        if isinstance(clip := probe(path), Clip):
+            with pytest.raises(BadClip, match=r"a\.opus: (truncated or damaged|truncated): "):
+                read(clip, 16000)
 
 
 def test_truncated_after_the_scan(tmp_path):
@@ -288,7 +299,7 @@ def test_mutated_files_end_in_samples_or_bad_clip(tmp_path):
 def test_folder_is_sorted_and_takes_any_name(tmp_path):
     names = ["b/ö é.wav", "b/a b.FLAC", "Z.wav", "a.ogg", "日本/音.wav"]
     for name in names:
-        write(tmp_path / name, **({"subtype": "VORBIS"} if name.endswith("ogg") else {}))
+        write(tmp_path / name, subtype="VORBIS" if name.endswith("ogg") else "PCM_16")
     for other in ("b/notes.txt", ".hidden.wav", "b/._a b.FLAC", ".cache/x.wav"):
         (tmp_path / other).parent.mkdir(exist_ok=True)
         (tmp_path / other).write_text("no audio")
@@ -343,7 +354,8 @@ def test_split_of_a_folder_is_a_sub_folder(tmp_path):
     write(tmp_path / "dev" / "b.wav")
     assert [clip.id for clip in scan(tmp_path, split="dev").clips] == ["dev/b.wav"]
     said = user_error(tmp_path, split="test")
-    assert said == f"data.path={tmp_path} has no sub-folder for split 'test'. Sub-folders: dev, train."
+    assert said == f"data.path={tmp_path} has no sub-folder 'test'. Sub-folders: dev, train."
+    assert "has no sub-folder '..'" in user_error(tmp_path / "dev", split="..")
 
 
 def test_folder_without_audio(tmp_path):
@@ -360,7 +372,7 @@ def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     def walk(top, onerror, followlinks):
         onerror(PermissionError(13, "Permission denied", f"{top}/secret"))
 
-    monkeypatch.setattr(files.os, "walk", walk)
+    monkeypatch.setattr("os.walk", walk)
     said = user_error(tmp_path)
     assert said.endswith(f"cannot list {tmp_path}/secret (Permission denied): mend its permissions.")
 
@@ -465,7 +477,9 @@ def test_table_that_is_no_table(tmp_path):
 
 def test_malformed_table_line(tmp_path):
     table = tsv(tmp_path / "t.tsv", "file\ttranscript", "a.wav\tYES", "b.wav")
-    assert r"line 3 does not have the 2 fields: 'b.wav'. Expected file<TAB>transcript." in user_error(table)
+    assert "line 3 does not have the 2 fields: 'b.wav'. Expected file<TAB>transcript." in user_error(table)
+    table = tsv(tmp_path / "t.tsv", "speaker\tfile", "ann")
+    assert "line 2 does not have the 2 fields: 'ann'. Expected speaker<TAB>file." in user_error(table)
 
 
 # ------------------------------------------------------------------------------------------------ limits and report
@@ -476,6 +490,9 @@ def test_too_short(tmp_path):
     write(tmp_path / "b.wav", tone(0.5))
     report = scan(tmp_path, min_s=0.5)
     assert (report.too_short, [clip.id for clip in report.clips]) == (1, ["b.wav"])
+    write(tmp_path / "c.wav", np.zeros(7, np.float32), 48000)
+    assert 7 / 48000 * 48000 > 7 and clip_of(tmp_path / "c.wav", min_s=7 / 48000, sample_rate=48000)
+    (tmp_path / "c.wav").unlink()
     said = user_error(tmp_path, min_s=2)
     assert (
         "none of 2 audio files is usable, 2 are shorter than data.min_s=2 s and 0 unreadable. Lower data.min_s" in said

@@ -153,12 +153,6 @@ def phone_probe(modality: AudioModality) -> ProbeTask:
             out.append((inputs, torch.from_numpy(labels)))
         return out
 
-    bands = _bands(rate)
-
-    def input_features(inputs: Mapping[str, Tensor]) -> Tensor:
-        waveform = inputs["waveform"]
-        return stacked_bands(bands, waveform, geometry.num_tokens(waveform.shape[1]), geometry.hop_s, rate)
-
     return ProbeTask(
         name="phone accuracy",
         description=(
@@ -171,8 +165,15 @@ def phone_probe(modality: AudioModality) -> ProbeTask:
         dev=part("dev", 40),
         test=part("test", 100),
         input_name="log-mel input",
-        input_features=input_features,
+        input_features=lambda inputs: input_bands(modality, inputs),
     )
+
+
+def input_bands(modality: AudioModality, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The log-mel windows under each token side by side, (T, k * 80): what a probe sees without a network."""
+    rate, waveform = modality.data.sample_rate, inputs["waveform"]
+    num_tokens = modality.geometry.num_tokens(waveform.shape[1])
+    return stacked_bands(_bands(rate), waveform, num_tokens, modality.geometry.hop_s, rate)
 
 
 @lru_cache(maxsize=2)

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from d2v_core.config import ModelConfig, opt
 from d2v_core.contract import FeatureEncoder, Masks, Tokens
 from d2v_core.positions import ConvPositions, ConvPositionsConfig
-from d2v_core.transformer import init_bert
 
 
 @dataclass
@@ -57,7 +56,7 @@ class WaveformEmbedding(nn.Module):
             for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True))
         )
         for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight)
+            nn.init.kaiming_normal_(conv.get_parameter("weight"))
         count = len(self.convs) if self.layer_norms else 1
         self.norms = nn.ModuleList(
             nn.LayerNorm(channels) if self.layer_norms else nn.GroupNorm(channels, channels) for _ in range(count)
@@ -89,8 +88,8 @@ class WaveformEmbedding(nn.Module):
 
 
 class LogMelEmbedding(nn.Module):
-    """(B, S) samples -> (B, T, D): log-mel bands, each standardised over the valid windows of a sample; convolution with
-    kernel and stride `stride` and one window of padding on each side, GELU, layer norm, linear projection."""
+    """(B, S) samples -> (B, T, D): log-mel bands, each standardised over the valid windows of a sample; convolution
+    with kernel and stride `stride` and one window of padding on each side, GELU, layer norm, linear projection."""
 
     mel: Tensor
     window: Tensor
@@ -219,11 +218,10 @@ class AudioEncoder(FeatureEncoder):
 def make_encoder(
     features: WaveformConfig | LogMelConfig, model: ModelConfig, positions: ConvPositionsConfig, sample_rate: int
 ) -> AudioEncoder:
-    if isinstance(features, WaveformConfig):
-        return AudioEncoder(WaveformEmbedding(features, model.embed_dim, sample_rate), model, positions)
-    embedding = LogMelEmbedding(features, model.embed_dim, sample_rate)
-    init_bert(embedding)
-    return AudioEncoder(embedding, model, positions)
+    """The parts outside the transformer keep PyTorch's initialisation, as the official code's do; the waveform's
+    convolutions have their own."""
+    kind = WaveformEmbedding if isinstance(features, WaveformConfig) else LogMelEmbedding
+    return AudioEncoder(kind(features, model.embed_dim, sample_rate), model, positions)  # pyright: ignore[reportArgumentType]
 
 
 def make_geometry(features: WaveformConfig | LogMelConfig, sample_rate: int) -> Geometry:
@@ -247,7 +245,7 @@ def check_waveform(config: WaveformConfig) -> None:
 def stacked_bands(
     embedding: LogMelEmbedding, waveform: Tensor, num_tokens: int, hop_s: float, sample_rate: int
 ) -> Tensor:
-    """Log-mel windows under each token side by side, (num_tokens, k * num_mels): what a probe sees without a network."""
+    """Log-mel windows under each token side by side: (num_tokens, k * num_mels)."""
     bands = embedding.bands(waveform, None)[0]
     per_token = max(1, round(hop_s * sample_rate / embedding.hop))
     index = torch.arange(num_tokens)[:, None] * per_token + torch.arange(per_token)

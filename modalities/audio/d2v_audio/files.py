@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,9 +83,10 @@ def scan(
     rate_policy: Literal["resample", "refuse"] = "resample",
     max_bad_ratio: float = 0.01,
     split: str | None = None,
+    decode_hours: float = 0.0,
     num_threads: int = 4,
 ) -> ScanReport:
-    """List the usable clips of a folder, a table or a single audio file, from headers alone.
+    """List the usable clips of a folder, a table or a single audio file.
 
     Args:
         path: a folder, searched with its sub-folders; a .tsv file, either a fairseq manifest or with a header line
@@ -94,6 +96,8 @@ def scan(
         rate_policy: "refuse" stops at a file of another rate.
         max_bad_ratio: share of unreadable files, in [0, 1], above which the scan stops.
         split: value to keep in a table's column `split`; for a folder, the sub-folder to search.
+        decode_hours: where all clips together are no longer than this, each is decoded as well, which finds what
+            headers cannot tell: a truncated FLAC, samples that are no numbers.
     Raises:
         UserError: something the user must mend; the message says what and how.
     """
@@ -112,9 +116,10 @@ def scan(
             bad.append((entry.id, str(result)))
         else:
             clips.append(result)
-    long = tuple(clip for clip in clips if clip.num_samples >= min_s * sample_rate)
+    shortest = math.ceil(min_s * sample_rate - 1e-6)  # n / rate * rate may come out a little above n
+    long = tuple(clip for clip in clips if clip.num_samples >= shortest)
     other = [clip for clip in long if clip.source_rate != sample_rate]
-    report = ScanReport(long, len(clips) - len(long), tuple(bad), len(other), sample_rate, min_s)
+    report = ScanReport(long, len(clips) - len(long), tuple(sorted(bad)), len(other), sample_rate, min_s)
 
     if len(bad) > max_bad_ratio * len(entries):
         share = f"{len(bad)} of {len(entries)} audio files ({len(bad) / len(entries):.1%})"
@@ -147,7 +152,7 @@ def read(clip: Clip, sample_rate: int) -> np.ndarray:
         BadClip: damaged, changed since the scan, or not finite.
     """
     try:
-        with _opened(clip.path) as file:
+        with _opened(clip.path, whole=True) as file:
             length = _length(file.frames, file.samplerate, sample_rate)
             if (file.samplerate, length) != (clip.source_rate, clip.num_samples):
                 raise BadClip(f"changed since the scan, or scanned for another rate than {sample_rate} Hz")
@@ -160,6 +165,15 @@ def read(clip: Clip, sample_rate: int) -> np.ndarray:
         return x
     except BadClip as error:
         raise BadClip(f"{clip.path}: {error}") from None
+
+
+def _problem(clip: Clip, sample_rate: int) -> str:
+    """Why a clip cannot be read, or nothing."""
+    try:
+        read(clip, sample_rate)
+    except BadClip as error:
+        return str(error).removeprefix(f"{clip.path}: ")
+    return ""
 
 
 # ------------------------------------------------------------------------------------------ which files there are
@@ -205,9 +219,9 @@ def _folder(root: Path, given: str | Path, split: str | None) -> list[_Entry]:
         raise UserError(f"data.path={given}: cannot list {error.filename} ({error.strerror}): mend its permissions.")
 
     top = root if split is None else root / split
-    if not top.is_dir():
-        there = ", ".join(sorted(child.name for child in root.iterdir() if child.is_dir())) or "none"
-        raise UserError(f"data.path={given} has no sub-folder for split {split!r}. Sub-folders: {there}.")
+    there = sorted(child.name for child in root.iterdir() if child.is_dir()) if split is not None else []
+    if split is not None and split not in there:
+        raise UserError(f"data.path={given} has no sub-folder {split!r}. Sub-folders: {', '.join(there) or 'none'}.")
     entries: list[_Entry] = []
     found: Counter[str] = Counter()
     seen: set[str] = set()
@@ -262,9 +276,9 @@ def _table(table: Path, given: str | Path, split: str | None) -> list[_Entry]:
             continue
         cells = line.split("\t")
         row = dict(zip(columns, cells, strict=False))
-        file, frames = PurePosixPath(row["file"]), row.get("number of samples")
+        file, frames = PurePosixPath(row.get("file", "")), row.get("number of samples")
         problem = None
-        if len(cells) != len(columns) or not row["file"].strip():
+        if len(cells) != len(columns) or file.name.strip() == "":
             problem = f"does not have the {len(columns)} fields"
         elif file.is_absolute() or ".." in file.parts:
             problem = f"names a file outside of {root}"
@@ -291,6 +305,8 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend its permissions.") from None
 
 
 # ---------------------------------------------------------------------------------------------- headers and bytes
@@ -313,8 +329,11 @@ def _probe(entry: _Entry, sample_rate: int) -> Clip | BadClip:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
-    """An open file that has all the bytes its header promises. What goes wrong, also while in use, becomes BadClip."""
+def _opened(path: Path, whole: bool = False) -> Iterator[soundfile.SoundFile]:
+    """An open file that has all the bytes its header promises. What goes wrong, also while in use, becomes BadClip.
+
+    With `whole`, checksums that libsndfile does not insist on are compared throughout; else only where it is cheap.
+    """
     try:
         if not path.is_file():  # neither may it be a pipe, which would block
             raise BadClip("no such file")
@@ -332,7 +351,7 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
                 if file.format in ("WAV", "WAVEX", "RF64", "AIFF"):
                     _check_chunks(raw, size, file.frames)
                 elif file.format == "OGG":
-                    _check_ogg(raw, size)
+                    _check_ogg(raw, size, whole)
                 elif file.format == "MP3":
                     _check_mp3(raw, size)
                 elif file.format != "FLAC":  # whose blocks have checksums, so that a damaged one fails in `read`
@@ -375,12 +394,27 @@ def _check_chunks(raw: BinaryIO, size: int, frames: int) -> None:
         raise BadClip(f"truncated: {int.from_bytes(whole, order) + 8} bytes promised, {size} present")
 
 
-def _check_ogg(raw: BinaryIO, size: int) -> None:
-    """Ogg: the last page is whole and marked as the end of the stream (RFC 3533, section 6)."""
-    raw.seek(max(0, size - 65307))  # bytes of the largest page
-    tail = raw.read()
-    page = tail[max(0, tail.rfind(b"OggS")) :]
-    if len(page) < 27 or not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _check_ogg(raw: BinaryIO, size: int, whole: bool) -> None:
+    """Ogg (RFC 3533, section 6): each page fits its checksum and the last one is marked as the end of the stream.
+
+    libsndfile skips a page that does not fit; the audio is then shorter, or has a gap.
+    """
+    raw.seek(0 if whole else max(0, size - 65307))  # bytes of the largest page
+    data = raw.read()
+    position, flags = max(0, data.find(b"OggS") if whole else data.rfind(b"OggS")), 0
+    while data[position : position + 4] == b"OggS" and position + 27 <= len(data):
+        segments = position + 27
+        end = segments + data[segments - 1] + sum(data[segments : segments + data[segments - 1]])
+        page = data[position:end]
+        # zlib has the same polynomial, for bits in the opposite order and another start value
+        register = zlib.crc32((page[:22] + bytes(4) + page[26:]).translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+        if int(f"{register:032b}"[::-1], 2) != int.from_bytes(page[22:26], "little"):
+            raise BadClip("truncated or damaged: an Ogg page does not fit its checksum")
+        position, flags = end, page[5]
+    if not flags & 4:
         raise BadClip(
             "truncated: its last Ogg page is not the end of the stream (if it plays: ffmpeg -i in -c copy out)"
         )

@@ -1,0 +1,219 @@
+"""`d2v ctc-probe RUN path=...`: how much spelling a linear map can read off a run's frozen features.
+
+One linear layer per layer of the network is trained with CTC on letters; the layer is chosen on the dev part; the
+letter error rate on the test part is reported for the run's network, for the same network untrained and for the
+log-mel input. No language model, greedy decoding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2v_core.config import opt, options
+from d2v_core.errors import UserError
+from d2v_core.keyed import generator, seed_of
+
+HELP = """d2v ctc-probe RUN path=TABLE.tsv [key=value ...]
+
+Trains a linear CTC layer on the frozen features of a run and prints letter error rates.
+RUN is a run folder; TABLE.tsv has columns file, transcript, split and, if you like, speaker; or path is a folder in
+the LibriSpeech layout, with train, dev and test naming its sub-folders. Writes RUN/ctc_probe.json.
+
+Options, with their defaults:
+"""
+
+
+@dataclass
+class CTCProbeConfig:
+    """What the probe is trained and tested on."""
+
+    path: str = opt("", "Table or folder with transcripts.")
+    train: str = opt("train", "Split (or sub-folder) to train the linear layer on.")
+    dev: str = opt("dev", "Split that chooses the layer of the network.")
+    test: str = opt("test", "Split that is scored.")
+    minutes: float | None = opt(None, "Use only this much of the training part, drawn at random; null = all.")
+    steps: int = opt(600, "Updates of the linear layer.")
+    batch: int = opt(16, "Utterances per update.")
+    lr: float = opt(1e-2, "Peak learning rate of Adam; falls linearly to 0.")
+    seed: int = opt(0, "Of the subset and of the order.")
+    out: str | None = opt(None, "Result file; null = ctc_probe.json in the run folder.")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Frozen features, one (T, F) float32 tensor per layer, and the letters to be read from them."""
+
+    layers: Sequence[Tensor]
+    letters: Tensor
+
+
+Encode = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+Part = Sequence[tuple[Mapping[str, Tensor], str]]
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb. Returns the exit status."""
+    words = list(argv)
+    if not words or {"-h", "--help"} & set(words):
+        defaults = CTCProbeConfig.__dataclass_fields__.values()
+        print(HELP + "".join(f"  {f.name}: {f.metadata['doc']}\n" for f in defaults), end="")
+        return 0
+    run, config = Path(words[0]), options(CTCProbeConfig, words[1:], "ctc-probe")
+    if not config.path:
+        raise UserError("ctc-probe needs path=TABLE.tsv (or a folder) with transcripts.")
+    results = ctc_probe(run, config)
+    from rich.console import Console
+    from rich.table import Table
+
+    from d2v_core.metrics import write_json
+
+    write_json(Path(config.out) if config.out else run / "ctc_probe.json", results)
+    table = Table(title="Letter error rate of a linear CTC layer on frozen features, %", title_justify="left")
+    for heading in ("features", "dev", "test", "layer"):
+        table.add_column(heading, justify="left" if heading == "features" else "right")
+    for row in results["rows"]:
+        table.add_row(row["system"], f"{row['dev']:.1f}", f"{row['test']:.1f}", str(row["layer"]))
+    Console().print(table)
+    return 0
+
+
+def ctc_probe(run: Path, config: CTCProbeConfig) -> dict[str, Any]:
+    """Train and score; returns what goes into the result file. Raises UserError for data that cannot serve."""
+    import d2v_core
+    from d2v_audio.data import input_bands
+    from d2v_audio.modality import AudioModality
+    from d2v_core.run import LoadedRun
+
+    pretrained, untrained = d2v_core.load(run), d2v_core.load(run, untrained=True)
+    modality = pretrained.modality
+    if not isinstance(modality, AudioModality):
+        raise UserError(f"{run} is a run of modality {modality.name!r}; ctc-probe needs audio.")
+    parts = {name: _read(modality, config, getattr(config, name)) for name in ("train", "dev", "test")}
+    if config.minutes is not None:
+        parts["train"] = _subset(parts["train"], config.minutes, modality.data.sample_rate, config.seed)
+    alphabet = sorted({letter for _, text in parts["train"] for letter in text})
+    systems: dict[str, Encode] = {
+        "pretrained": pretrained.encode,
+        "untrained": untrained.encode,
+        "log-mel input": lambda inputs: [input_bands(modality, inputs)],
+    }
+    rows: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    for system, encode in systems.items():
+        data = {
+            name: [_utterance(encode, inputs, text, alphabet) for inputs, text in part] for name, part in parts.items()
+        }
+        heads = _train(data["train"], len(alphabet) + 1, config)
+        dev = [_error_rate(head, data["dev"], layer) for layer, head in enumerate(heads)]
+        best = int(np.argmin(dev))
+        rows.append(
+            {
+                "system": system,
+                "layer": best,
+                "dev": round(dev[best], 2),
+                "test": round(_error_rate(heads[best], data["test"], best), 2),
+                "dev_per_layer": [round(rate, 2) for rate in dev],
+            }
+        )
+    minutes = {
+        name: round(sum(inputs["waveform"].shape[1] for inputs, _ in part) / modality.data.sample_rate / 60, 2)
+        for name, part in parts.items()
+    }
+    assert isinstance(pretrained, LoadedRun)
+    return {
+        "run_step": pretrained.step,
+        "options": {f: getattr(config, f) for f in CTCProbeConfig.__dataclass_fields__ if f not in ("path", "out")},
+        "minutes": minutes,
+        "utterances": {name: len(part) for name, part in parts.items()},
+        "letters": "".join(alphabet),
+        "rows": rows,
+        "wall_seconds": round(time.perf_counter() - began, 1),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _read(modality: Any, config: CTCProbeConfig, split: str) -> Part:
+    from d2v_audio.data import AudioSample, normalise
+    from d2v_audio.files import read, scan
+
+    rate = modality.data.sample_rate
+    report = scan(config.path, sample_rate=rate, min_s=modality.min_samples / rate, split=split, decode_hours=0.0)
+    usable = [clip for clip in report.clips if clip.transcript]
+    if not usable:
+        raise UserError(
+            f"path={config.path}: split {split!r} has {len(report.clips)} clips but no transcript among them."
+        )
+    return [(modality.collate([AudioSample(normalise(read(clip, rate)))]), str(clip.transcript)) for clip in usable]
+
+
+def _subset(part: Part, minutes: float, sample_rate: int, seed: int) -> Part:
+    chosen: list[tuple[Mapping[str, Tensor], str]] = []
+    left = minutes * 60 * sample_rate
+    for i in generator(seed, "labels").permutation(len(part)):
+        if left <= 0:
+            break
+        chosen.append(part[i])
+        left -= part[i][0]["waveform"].shape[1]
+    return chosen
+
+
+def _utterance(encode: Encode, inputs: Mapping[str, Tensor], text: str, alphabet: Sequence[str]) -> Utterance:
+    # Blank is 0. A letter that training has not seen cannot be right; it keeps its place in the reference as -1.
+    index = {letter: i + 1 for i, letter in enumerate(alphabet)}
+    return Utterance(encode(inputs), torch.tensor([index.get(letter, -1) for letter in text]))
+
+
+def _train(utterances: Sequence[Utterance], num_classes: int, config: CTCProbeConfig) -> list[nn.Linear]:
+    """One linear CTC layer per layer of the network, all in one loop; each folds the standardisation of its input."""
+    fits = [u for u in utterances if len(u.letters) <= len(u.layers[0])]
+    torch.manual_seed(seed_of(config.seed, "ctc-probe"))
+    heads, statistics = [], []
+    for layer in range(len(fits[0].layers)):
+        frames = torch.cat([u.layers[layer] for u in fits])
+        statistics.append((frames.mean(0), frames.std(0) + 1e-5))
+        heads.append(nn.Linear(frames.shape[1], num_classes))
+    optimizer = torch.optim.Adam([p for head in heads for p in head.parameters()], lr=config.lr)
+    order = generator(config.seed, "ctc-probe-order")
+    for step in range(config.steps):
+        warmup = min(1.0, (step + 1) / (0.1 * config.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(warmup, 1.0 - step / config.steps)
+        batch = [fits[i] for i in order.choice(len(fits), min(config.batch, len(fits)), replace=False)]
+        lengths = torch.tensor([len(u.layers[0]) for u in batch])
+        letters = torch.cat([u.letters for u in batch])
+        target_lengths = torch.tensor([len(u.letters) for u in batch])
+        loss = torch.zeros(())
+        for layer, (head, (mean, std)) in enumerate(zip(heads, statistics, strict=True)):
+            x = nn.utils.rnn.pad_sequence([(u.layers[layer] - mean) / std for u in batch])
+            loss = loss + F.ctc_loss(head(x).log_softmax(-1), letters, lengths, target_lengths, zero_infinity=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for head, (mean, std) in zip(heads, statistics, strict=True):
+        with torch.no_grad():
+            head.weight /= std
+            head.bias -= head.weight @ mean
+    return heads
+
+
+@torch.no_grad()
+def _error_rate(head: nn.Linear, utterances: Sequence[Utterance], layer: int) -> float:
+    """Edits over reference letters, both summed over all utterances, in per cent."""
+    from torchaudio.functional import edit_distance
+
+    edits = sum(edit_distance(greedy(head(u.layers[layer])), u.letters.tolist()) for u in utterances)
+    return 100.0 * edits / max(sum(len(u.letters) for u in utterances), 1)
+
+
+def greedy(logits: Tensor) -> list[int]:
+    """(T, classes) -> best class per frame, repeats merged, blanks (0) dropped."""
+    return [int(c) for c in torch.unique_consecutive(logits.argmax(-1)) if c != 0]

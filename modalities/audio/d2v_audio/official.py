@@ -1,0 +1,365 @@
+"""Between fairseq's data2vec audio 1.0 and d2v: names of weights, and configurations.
+
+Names follow examples/data2vec/models/data2vec_audio.py and fairseq/models/wav2vec/wav2vec2.py of facebookresearch/
+fairseq. Whatever is keyed by parameter name goes through the same map: weights, the teacher's weights, gradients.
+Where d2v stacks what is three tensors there (queries, keys, values), the rows stand in this order.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v_audio.feature_encoder import WaveformConfig
+from d2v_core.config import RunConfig
+from d2v_core.errors import UserError
+
+TEACHER = "_ema"  # key under which fairseq nests the teacher's weights in the student's state
+
+# ---------------------------------------------------------------------------------------------------------- names
+
+_PARTS = "qkv"
+
+
+@lru_cache
+def _table(pre_norm: bool, group_norm: bool) -> tuple[tuple[str, str], ...]:
+    """(official, d2v) prefixes of `.weight` and `.bias`; # is a number. Where two lines share a d2v name, the first is
+    written and both are read."""
+    final_norm = "student.transformer.norm" if pre_norm else "student.encoder.norm"
+    conv_norm = (
+        ("feature_extractor.conv_layers.0.2", "student.encoder.embedding.norms.0")
+        if group_norm
+        else ("feature_extractor.conv_layers.#.2.1", "student.encoder.embedding.norms.#")
+    )
+    return (
+        ("feature_extractor.conv_layers.#.0", "student.encoder.embedding.convs.#"),
+        conv_norm,
+        ("layer_norm", "student.encoder.embedding.norm"),
+        ("post_extract_proj", "student.encoder.embedding.project"),
+        ("encoder.pos_conv.#.0", "student.encoder.positions.convs.#"),
+        ("encoder.layer_norm", final_norm),
+        ("encoder.layers.#.self_attn.out_proj", "student.transformer.blocks.#.attention.out"),
+        ("encoder.layers.#.self_attn_layer_norm", "student.transformer.blocks.#.norm1"),
+        ("encoder.layers.#.fc1", "student.transformer.blocks.#.fc1"),
+        ("encoder.layers.#.fc2", "student.transformer.blocks.#.fc2"),
+        ("encoder.layers.#.final_layer_norm", "student.transformer.blocks.#.norm2"),
+        ("final_proj", "predictor.linear"),
+        ("final_proj.0", "predictor.linear"),  # of files from before the head became a single layer
+    )
+
+
+_OFFICIAL_QKV = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
+_D2V_QKV = re.compile(r"student\.transformer\.blocks\.(\d+)\.attention\.qkv\.(weight|bias)")
+
+
+@lru_cache(maxsize=4096)
+def _translate(name: str, pre_norm: bool, group_norm: bool, to_d2v: bool) -> str | None:
+    mask = ("mask_emb", "student.encoder.mask_embedding")
+    source, destination = mask if to_d2v else reversed(mask)
+    if name == source:
+        return destination
+    for official, d2v in _table(pre_norm, group_norm):
+        source, destination = (official, d2v) if to_d2v else (d2v, official)
+        pattern = re.escape(source).replace(r"\#", r"(\d+)") + r"\.(weight|bias)"
+        match = re.fullmatch(pattern, name)
+        if match:
+            *number, kind = match.groups()
+            return (destination.replace("#", number[0]) if number else destination) + "." + kind
+    return None
+
+
+def _options(config: RunConfig) -> tuple[bool, bool]:
+    """Whether the configuration has pre-norm blocks, and one group norm in the front end."""
+    features = config.sections.get("features")
+    if not isinstance(features, WaveformConfig):
+        raise UserError(
+            f"encoder={config.encoder} has no counterpart in the official code: its weights fit encoder=waveform only."
+        )
+    return config.model.norm == "pre", features.norm == "group"
+
+
+def from_official(state: Mapping[str, Any], config: RunConfig) -> dict[str, Tensor]:
+    """fairseq's `model` entry as the state that `d2v_core.run.load_model_state` takes.
+
+    Args:
+        state: tensors by official name; a nested teacher (`_ema`) is left to `teacher_from_official`.
+        config: what the weights are meant for. It decides which norm `encoder.layer_norm` is.
+    Raises:
+        UserError: a name that is not known, one that stands there twice, or an incomplete set of queries, keys and
+            values. Shapes are checked where the state is loaded.
+    """
+    pre_norm, group_norm = _options(config)
+    out: dict[str, Tensor] = {}
+    stacks: dict[str, dict[str, Tensor]] = {}
+    unknown: list[str] = []
+    for name, tensor in state.items():
+        match = _OFFICIAL_QKV.fullmatch(name)
+        if match:
+            layer, part, kind = match.groups()
+            stacks.setdefault(f"student.transformer.blocks.{layer}.attention.qkv.{kind}", {})[part] = tensor
+            continue
+        ours = _translate(name, pre_norm, group_norm, True)
+        if ours in out:
+            raise UserError(f"The official weights give {ours} twice, the second time as {name}.")
+        if ours is not None:
+            out[ours] = tensor
+        elif name != TEACHER:
+            unknown.append(name)
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} names are not known as data2vec audio 1.0 weights for this configuration: "
+            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
+        )
+    for ours, parts in stacks.items():
+        missing = [part for part in _PARTS if part not in parts]
+        if missing:
+            raise UserError(f"For {ours} the official weights lack {', '.join(f'{part}_proj' for part in missing)}.")
+        out[ours] = torch.cat([parts[part] for part in _PARTS])
+    return out
+
+
+def teacher_from_official(state: Mapping[str, Any], config: RunConfig) -> dict[str, Tensor]:
+    """fairseq's `_ema` entry, whose names are relative to `encoder.`, as the state that `EMATeacher.load_own_state`
+    takes. Raises UserError as `from_official` does."""
+    renamed = from_official({f"encoder.{name}": tensor for name, tensor in state.items()}, config)
+    return {name.removeprefix("student."): tensor for name, tensor in renamed.items()}
+
+
+def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """The way back: d2v names of student and predictor to official ones. Raises UserError for a name not known."""
+    pre_norm, group_norm = _options(config)
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = _D2V_QKV.fullmatch(name)
+        if match:
+            layer, kind = match.groups()
+            for part, rows in zip(_PARTS, tensor.chunk(3), strict=True):
+                out[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] = rows
+            continue
+        official = _translate(name, pre_norm, group_norm, False)
+        if official is None:
+            raise UserError(f"{name} has no counterpart in the official code.")
+        out[official] = tensor
+    return out
+
+
+def teacher_to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """`EMATeacher.own_state()` under fairseq's names. Raises UserError where the teacher owns what its does not."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in to_official({f"student.{name}": tensor for name, tensor in state.items()}, config).items():
+        if not name.startswith("encoder."):
+            raise UserError(f"The official teacher has no {name} of its own; here it is not shared with the student.")
+        out[name.removeprefix("encoder.")] = tensor
+    return out
+
+
+def gradients_to_official(model: nn.Module, config: RunConfig) -> dict[str, Tensor | None]:
+    """Gradients of a `Data2Vec` under official names; None where there is none."""
+    own = {name: p for name, p in model.named_parameters() if not name.startswith("teacher.")}
+    given = to_official({name: p.grad for name, p in own.items() if p.grad is not None}, config)
+    without = to_official({name: p for name, p in own.items() if p.grad is None}, config)
+    return {**given, **dict.fromkeys(without)}
+
+
+# -------------------------------------------------------------------------------------------------- configuration
+
+# Options of the official model that cannot change a number of data2vec's pre-training: read by other models that share
+# its configuration class, computed away, or only about speed.
+# fmt: off
+_INERT = frozenset((
+    "_name", "dropout_features", "final_dim", "logit_temp", "quantize_targets", "quantize_input", "same_quantizer",
+    "target_glu", "quantizer_depth", "quantizer_factor", "latent_vars", "latent_groups", "latent_dim", "latent_temp",
+    "num_negatives", "negatives_from_everywhere", "cross_sample_negatives", "codebook_negatives", "max_positions",
+    "checkpoint_activations", "required_seq_len_multiple", "depthwise_conv_kernel_size", "pos_enc_type", "fp16",
+    "mask_other", "mask_min_space", "mask_channel_length", "mask_channel_before", "mask_channel_selection",
+    "mask_channel_other", "no_mask_channel_overlap", "mask_channel_min_space", "adp_num", "adp_dim", "adp_act_fn",
+    "adp_trf_idx",
+))
+# fmt: on
+
+# What d2v has no option for: the key and the only value that it can do, assumed where older files do not say.
+_FIXED: tuple[tuple[str, Any], ...] = (
+    ("activation_fn", "gelu"),
+    ("layer_type", "transformer"),
+    ("attn_type", ""),
+    ("dropout_input", 0.0),
+    ("mask_selection", "static"),
+    ("no_mask_overlap", False),
+    ("mask_channel_prob", 0.0),
+    ("crop_seq_to_multiple", 1),
+    ("ema_transformer_only", True),
+)
+
+
+def config_from_official(cfg: Mapping[str, Any], *, exact: bool = True, strict: bool = True) -> list[str]:
+    """A fairseq `data2vec_audio` model configuration as `key=value` words for `d2v_core.config.load_config`.
+
+    Args:
+        cfg: `cfg["model"]` of a checkpoint. Data, optimizer and schedule are other sections of that file: those stay
+            as preset=base has them, and may be given after these words.
+        exact: also do as fairseq does where d2v does otherwise: padding counts in the statistics of target norms and
+            leaks through the positions, and two target norms run over the samples of a batch.
+        strict: refuse keys that fairseq's class does not have. Released checkpoints have some left from debugging.
+    Raises:
+        UserError: a key is missing or unknown, or has a value that d2v cannot reproduce. The message has them all.
+    """
+    problems: list[str] = []
+    left = dict(cfg)
+
+    def take(key: str, kind: type | tuple[type, ...], *default: Any) -> Any:
+        value = left.pop(key, *default) if key in left or default else None
+        if key not in cfg and not default:
+            problems.append(f"{key} is missing")
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            problems.append(f"{key}={value!r} is {type(value).__name__}")
+        else:
+            return value
+        return None
+
+    number = (int, float)
+    for key, possible in _FIXED:
+        value = left.pop(key, possible)
+        if value != possible:
+            problems.append(f"{key}={value!r}: d2v has only {possible!r}")
+    extractor = take("extractor_mode", str)
+    if extractor not in ("layer_norm", "default", None):
+        problems.append(f"extractor_mode={extractor!r} is neither layer_norm nor default")
+    try:
+        convs = parse_conv_layers(take("conv_feature_layers", str) or "[(1, 1, 1)]")
+    except UserError as error:
+        problems.append(str(error))
+        convs = [(1, 1, 1)]
+    if len({channels for channels, _, _ in convs}) > 1:
+        problems.append(f"conv_feature_layers has layers of {sorted({c for c, _, _ in convs})} channels: d2v has one")
+    dim, hidden = take("encoder_embed_dim", int) or 1, take("encoder_ffn_embed_dim", int) or 1
+    ratio = hidden / dim
+    if int(dim * ratio) != hidden:
+        problems.append(f"encoder_ffn_embed_dim={hidden} over encoder_embed_dim={dim} is no ratio d2v can state")
+    depth = take("pos_conv_depth", int)
+    if depth == 1:
+        problems.append("pos_conv_depth=1 is one convolution with weight norm: d2v has only stacked ones without")
+    norms = {
+        name: take(f"{name}_norm_target_layer", bool, False) for name in ("batch", "instance", "group", "layer")
+    }  # in the order in which fairseq applies them
+    mean_norms = {name: take(f"{name}_norm_targets", bool, False) for name in ("layer", "instance")}
+    over_samples = (norms["group"] or mean_norms["instance"]) and not (norms["batch"] or norms["instance"])
+    scale = take("loss_scale", (int, float, type(None)), None)
+    values: dict[str, Any] = {
+        "modality": "audio",
+        "preset": "base",
+        "encoder": "waveform",
+        "features.channels": convs[0][0],
+        "features.kernels": [kernel for _, kernel, _ in convs],
+        "features.strides": [stride for _, _, stride in convs],
+        "features.norm": "layer" if extractor == "layer_norm" else "group",
+        "features.bias": take("conv_bias", bool),
+        "features.grad_mult": take("feature_grad_mult", number),
+        "model.embed_dim": dim,
+        "model.num_layers": take("encoder_layers", int),
+        "model.num_heads": take("encoder_attention_heads", int),
+        "model.mlp_ratio": ratio,
+        "model.norm": "pre" if take("layer_norm_first", bool) else "post",
+        "model.norm_eps": 1e-5,
+        "model.attention_bias": "qkv",
+        "model.layer_scale": None,
+        "model.dropout": take("dropout", number),
+        "model.attention_dropout": take("attention_dropout", number),
+        "model.activation_dropout": take("activation_dropout", number),
+        "model.layer_drop": take("encoder_layerdrop", number),
+        "model.drop_path": 0.0,
+        "target.top_k_layers": take("average_top_k_layers", int),
+        "target.tap": "ffn",
+        "target.layer_norms": [name for name, on in norms.items() if on],
+        "target.mean_norms": [name for name, on in mean_norms.items() if on],
+        "target.padding_in_stats": exact,
+        "target.official_axes": exact and over_samples,
+        "loss.beta": take("loss_beta", number),
+        "loss.scale": "inverse_sqrt" if scale is None else scale,
+        "teacher.ema_decay": take("ema_decay", number),
+        "teacher.ema_end_decay": take("ema_end_decay", number),
+        "teacher.ema_anneal_steps": take("ema_anneal_end_step", int),
+        "positions.depth": depth,
+        "positions.width": take("conv_pos", int),
+        "positions.groups": take("conv_pos_groups", int),
+        "positions.teacher": "copy" if take("ema_layers_only", bool, True) else "average",
+        "positions.rezero_padding": not exact,
+        "mask.mask_prob": take("mask_prob", number),
+        "mask.mask_length": take("mask_length", int),
+        "mask.min_spans": 1,
+        "mask.same_count": take("require_same_masks", bool, True),
+        "mask.mask_dropout": take("mask_dropout", number, 0.0),
+        "train.max_steps": take("max_update", int),
+        "guard.min_target_std": take("min_target_var", number, 0.1),
+        "guard.min_pred_std": take("min_pred_var", number, 0.01),
+    }
+    unknown = sorted(left.keys() - _INERT) if strict else []
+    if unknown:
+        problems.append(f"unknown: {', '.join(unknown)}")
+    if problems:
+        raise UserError(
+            "The official configuration does not fit data2vec audio 1.0 as d2v has it:\n  " + "\n  ".join(problems)
+        )
+    return [f"{key}={_word(value)}" for key, value in values.items()]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )
+
+
+def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:
+    """fairseq's `conv_feature_layers`, such as "[(512, 10, 5)] + [(512, 3, 2)] * 4", as (channels, kernel, stride).
+
+    The official code hands this string, which comes out of a file, to `eval`. Here nothing runs: lists of whole
+    numbers, + and * are all that is understood. Raises UserError for anything else.
+    """
+
+    def no(why: str) -> UserError:
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        return UserError(f"conv_feature_layers={shown!r} {why}; expected like '[(512, 10, 5)] + [(512, 3, 2)] * 4'")
+
+    def whole(node: ast.expr) -> int:
+        if isinstance(node, ast.Constant) and type(node.value) is int and 0 < node.value <= 1 << 16:
+            return node.value
+        raise no("has something else than positive whole numbers")
+
+    def layers(node: ast.expr) -> Iterator[tuple[int, int, int]]:
+        if isinstance(node, ast.List):
+            for item in node.elts:
+                if not isinstance(item, ast.Tuple | ast.List) or len(item.elts) != 3:
+                    raise no("has a layer that is not (channels, kernel, stride)")
+                channels, kernel, stride = map(whole, item.elts)
+                yield channels, kernel, stride
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            yield from layers(node.left)
+            yield from layers(node.right)
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            one, times = (node.left, node.right) if isinstance(node.right, ast.Constant) else (node.right, node.left)
+            for _ in range(whole(times)):
+                yield from layers(one)
+        else:
+            raise no("is more than lists, + and *")
+
+    if len(text) > 1000:
+        raise no("is too long")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise no("cannot be read") from None
+    found: list[tuple[int, int, int]] = []
+    for layer in layers(tree.body):
+        found.append(layer)
+        if len(found) > 64:
+            raise no("has more than 64 layers")
+    if not found:
+        raise no("has no layer")
+    return found
