@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from d2v_core.errors import UserError
 
@@ -226,13 +228,12 @@ def options(kind: type[T], argv: Sequence[str], verb: str) -> T:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    words = [f"{key}={value}" for key, value in parse_arguments(argv).items()]
+    values = parse_arguments(argv)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(words))
+        merged = OmegaConf.merge(OmegaConf.structured(kind), _given(kind, values))
         return cast("T", OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        first = re.sub(r" not in '[^']+'", " is not an option", str(error).splitlines()[0])
-        raise UserError(f"{verb}: {first}\n`d2v {verb} --help` lists the options.") from None
+        raise UserError(f"{verb}: {_reason(error, kind, values)}\n`d2v {verb} --help` lists the options.") from None
 
 
 def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig, type[Modality[Any]]]:
@@ -293,12 +294,16 @@ def check(config: RunConfig) -> RunConfig:
     problems: list[str] = []
 
     def at_least(key: str, value: float, least: float) -> None:
-        if value < least:
+        if not least <= value < math.inf:
             problems.append(f"{key}={value} must be at least {least}")
 
     def within(key: str, value: float, low: float, high: float) -> None:
         if not low <= value <= high:
             problems.append(f"{key}={value} must lie between {low} and {high}")
+
+    def above(key: str, value: float) -> None:
+        if not value > 0:
+            problems.append(f"{key}={value} must be above 0")
 
     model, target, train, optim = config.model, config.target, config.train, config.optim
     for key in ("embed_dim", "num_layers", "num_heads"):
@@ -307,6 +312,8 @@ def check(config: RunConfig) -> RunConfig:
         problems.append(f"model.embed_dim={model.embed_dim} must be a multiple of model.num_heads={model.num_heads}")
     for key in ("dropout", "attention_dropout", "activation_dropout", "layer_drop", "drop_path"):
         within(f"model.{key}", getattr(model, key), 0.0, 0.99)
+    for key in ("mlp_ratio", "norm_eps"):
+        above(f"model.{key}", getattr(model, key))
     within("target.top_k_layers", target.top_k_layers, 1, model.num_layers)
     at_least("loss.beta", config.loss.beta, 0.0)
     if config.loss.scale not in ("inverse_sqrt", "mean", "sum"):
@@ -316,10 +323,12 @@ def check(config: RunConfig) -> RunConfig:
             problems.append(f"loss.scale={config.loss.scale} must be inverse_sqrt, mean, sum or a number")
     within("teacher.ema_decay", config.teacher.ema_decay, 0.0, 1.0)
     within("teacher.ema_end_decay", config.teacher.ema_end_decay, 0.0, 1.0)
-    if len(optim.betas) != 2:
-        problems.append(f"optim.betas={optim.betas} must be two numbers")
-    at_least("optim.lr", optim.lr, 0.0)
-    at_least("optim.eps", optim.eps, 0.0)
+    if config.teacher.ema_anneal_steps is not None:
+        at_least("teacher.ema_anneal_steps", config.teacher.ema_anneal_steps, 0)
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        problems.append(f"optim.betas={optim.betas} must be two numbers from 0 to below 1")
+    for key in ("lr", "eps", "weight_decay", "hold_ratio", "initial_lr_ratio", "final_lr_ratio"):
+        at_least(f"optim.{key}", getattr(optim, key), 0)
     within("optim.warmup_ratio", optim.warmup_ratio, 0.0, 1.0)
     if optim.schedule == "tri_stage":
         within("optim.warmup_ratio + optim.hold_ratio", optim.warmup_ratio + optim.hold_ratio, 0.0, 1.0)
@@ -380,16 +389,12 @@ def _merge(
         node = OmegaConf.structured(schema)
         node = OmegaConf.merge(node, _rename(base))
         where = "the command line"
-        node = OmegaConf.merge(node, OmegaConf.from_dotlist([f"{k}={v}" for k, v in _rename(values).items()]))
+        node = OmegaConf.merge(node, _given(schema, _rename(values)))
         flat = cast("Any", OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
-        first = str(error).splitlines()[0].replace("from_run", "from")
-        first = re.sub(r"Key '([^']+)' not in '[^']+'", f"{key or 'key'} is not an option", first)
         raise UserError(
-            f"In {where}: {first}"
-            + (f" (key {key})" if key and key not in first else "")
-            + _other_section(key, own)
+            f"In {where}: {_reason(error, schema, base if where == source else _rename(values))}"
+            + _other_section(getattr(error, "full_key", None) or "", own)
             + f"\n`d2v config modality={modality.name}` lists every option with its meaning."
         ) from None
     return check(
@@ -398,6 +403,74 @@ def _merge(
             sections={name: getattr(flat, name) for name in own},
         )
     )
+
+
+def _type_at(schema: Any, key: str) -> Any:
+    """The declared type of `section.field` or `field`; None where there is no such field."""
+    kind = schema
+    for name in key.split("."):
+        kind = get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return kind
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """int | None -> (int, NoneType); any other type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _given(schema: Any, values: Mapping[str, str]) -> Any:
+    """The command line as a node to merge: YAML, but text as it stands, for a folder named 1e3 is no number."""
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.create()
+    for key, value in values.items():
+        kinds = _alternatives(_type_at(schema, key))
+        if all(kind in (str, NoneType) or get_origin(kind) is Literal for kind in kinds):
+            OmegaConf.update(node, key, None if NoneType in kinds and value in ("", "null") else value)
+            continue
+        try:
+            one = OmegaConf.from_dotlist([f"{key}={value}"])
+        except Exception as error:  # yaml's own errors derive from Exception alone
+            raise UserError(f"{key}={value} must be {_expected(kinds)}.") from error
+        if dataclasses.is_dataclass(kinds[0]) and not OmegaConf.is_dict(one[key]):
+            raise UserError(f"{key}={value}: {key} is a section, so write {key}.OPTION=value.")
+        node = OmegaConf.merge(node, one)
+    return node
+
+
+def _expected(kinds: Sequence[Any]) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    texts: list[str] = []
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            texts.append("one of: " + ", ".join(map(str, get_args(kind))))
+        elif get_origin(kind) is list:
+            texts.append(f"a list like [A,B], each {_expected(_alternatives(get_args(kind)[0]))}")
+        else:
+            texts.append(words.get(kind, "a value that YAML can read"))
+    return " or ".join(texts)
+
+
+def _reason(error: Any, schema: Any, values: Mapping[str, Any]) -> str:
+    """What is wrong with one key, in the user's words: given, expected, and the option's meaning."""
+    key = str(getattr(error, "full_key", None) or "")
+    home, _, leaf = re.sub(r"\[\d+\]$", "", key).rpartition(".")
+    kind = _type_at(schema, f"{home}.{leaf}" if home else leaf)
+    given: Any = values.get(f"{home}.{leaf}" if home else leaf, values)
+    if given is values and home:
+        section = values.get(home)
+        given = cast("Mapping[str, Any]", section).get(leaf, values) if isinstance(section, Mapping) else values
+    shown = key.replace("from_run", "from")
+    if kind is None or given is values or "nterpolation" in str(error):
+        first = str(error).splitlines()[0].replace("from_run", "from")
+        first = re.sub(r"Key '([^']+)' not in '[^']+'", f"{shown or 'key'} is not an option", first)
+        return first.rstrip(".") + (f" (key {shown})." if shown and shown not in first else "" if "?" in first else ".")
+    kinds = _alternatives(kind)
+    holder = _type_at(schema, home) if home else schema
+    doc = next((str(f.metadata.get("doc", "")) for f in dataclasses.fields(holder) if f.name == leaf), "")
+    allowed = [str(option) for kind in kinds if get_origin(kind) is Literal for option in get_args(kind)]
+    shown = re.sub(r"\[\d+\]$", "", shown)
+    return f"{shown}={given} must be {_expected(kinds)}.{_hint(str(given), allowed)}" + (f" It means: {doc}" if doc else "")
 
 
 def _rename(values: Mapping[str, Any]) -> dict[str, Any]:
