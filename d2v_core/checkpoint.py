@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -75,8 +76,10 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(root)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (SafetensorError, RuntimeError)):  # what the two libraries make of a full disk
+            raise OSError(str(error)) from error
         raise
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
@@ -85,27 +88,39 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
 
 def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     """Raises UserError naming the file that is missing, damaged or of an unknown format."""
+    where = "cpu" if device is None else str(device)
+    name = "meta.json"
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta.get("format") != FORMAT:
+        meta = json.loads((folder / name).read_text(encoding="utf-8"))
+        found = cast("dict[str, Any]", meta).get("format") if isinstance(meta, dict) else None
+        if found != FORMAT:
             raise UserError(
-                f"{folder} has checkpoint format {meta.get('format')}, this d2v ({__version__}) reads format {FORMAT}. "
+                f"{folder} has checkpoint format {found}, this d2v ({__version__}) reads format {FORMAT}. "
                 "Install the version that wrote it."
             )
-        where = "cpu" if device is None else str(device)
-        return Checkpoint(
-            load_file(folder / "model.safetensors", device=where),
-            load_file(folder / "teacher.safetensors", device=where),
-            cast("dict[str, Any]", torch.load(folder / "state.pt", map_location="cpu", weights_only=True)),
-        )
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UserError(f"The checkpoint {folder} cannot be read: {error}. Delete it to use the one before.") from error
+        model = load_file(folder / (name := "model.safetensors"), device=where)
+        teacher = load_file(folder / (name := "teacher.safetensors"), device=where)
+        state = torch.load(folder / (name := "state.pt"), map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        # torch's own words on a pickle that it refuses advise to load it unsafely.
+        reason = "not what was written" if isinstance(error, pickle.UnpicklingError) else str(error)
+        raise UserError(
+            f"The checkpoint {folder} cannot be read: {name}: {reason}. Delete it to use the one before."
+        ) from error
+    return Checkpoint(model, teacher, cast("dict[str, Any]", state))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Dense tensors on the host. Of tensors that share memory (tied weights) all but the first are copies, since the
+    format holds each by itself."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return plain
 
 
 def _flush(path: Path) -> None:

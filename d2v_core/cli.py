@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from d2v_core import __version__, plugins
 from d2v_core.errors import UserError
@@ -89,9 +88,11 @@ def _plugin_command(verb: str, rest: Sequence[str]) -> int:
     module, _, function = entry.value.partition(":")
     try:
         command = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         name = entry.dist.name if entry.dist else "its distribution"
-        raise UserError(f"The command {verb!r} from {name} cannot be loaded ({entry.value}): {error}.") from error
+        raise UserError(
+            f"The command {verb!r} from {name} cannot be loaded ({entry.value}): {type(error).__name__}: {error}."
+        ) from error
     return int(command(list(rest)))
 
 
@@ -101,14 +102,29 @@ def _run(argv: Sequence[str]) -> int:
     from d2v_core.config import load_config
 
     config, kind = load_config(argv)
-    from d2v_core.runfolder import open_run
+    from d2v_core.runfolder import drop_unused, open_run
 
     console = Console()
+    modality = kind(config)  # refuses what cannot work before there is a folder
     folder = open_run(config)
     if folder.done:
-        console.print(f"{folder.path} is already complete; nothing to do.", soft_wrap=True, highlight=False)
+        console.print(
+            f"{folder.path} is already complete; nothing to do.", soft_wrap=True, highlight=False, markup=False
+        )
         return 0
-    console.print(f"d2v {__version__}: {config.modality}, preset {config.preset}, in {folder.path}", highlight=False)
+    console.print(
+        f"d2v {__version__}: {config.modality}, preset {config.preset}, in {folder.path}",
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
     from d2v_core.trainer import Trainer
 
-    return Trainer(kind(config), Path(folder.path), console).fit()
+    try:
+        return Trainer(modality, folder.path, console).fit()
+    except OSError as error:
+        raise UserError(
+            f"The run in {folder.path} stopped: {error}. If the disk is full, make room; then go on with "
+            f"out={folder.path} resume=auto."
+        ) from error
+    finally:
+        if folder.new:  # a mistake that the first step did not survive must not stand in the way of the next try
+            drop_unused(folder.path)

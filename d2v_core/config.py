@@ -295,7 +295,7 @@ def check(config: RunConfig) -> RunConfig:
 
     def at_least(key: str, value: float, least: float) -> None:
         if not least <= value < math.inf:
-            problems.append(f"{key}={value} must be at least {least}")
+            problems.append(f"{key}={value} must be {'' if math.isfinite(value) else 'finite and '}at least {least}")
 
     def within(key: str, value: float, low: float, high: float) -> None:
         if not low <= value <= high:

@@ -187,6 +187,10 @@ class Dataset(ABC, Generic[SampleT]):
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def describe(self) -> str:
+        """A line or two on what was found, for the person who starts a run."""
+        return f"{len(self)} samples"
+
     @abstractmethod
     def id(self, index: int) -> str: ...
 

@@ -15,7 +15,7 @@ class RegressionLoss:
     """Squared error, or smooth L1 with threshold `beta`, summed over channels and scored tokens, times a scale.
 
     The caller divides by the number of scored tokens of the whole optimizer step. fairseq scales by 1/sqrt(D)
-    (examples/data2vec/models/data2vec_audio.py), so this is sqrt(D) times the mean over channels.
+    (examples/data2vec/models, `loss_scale`), so this is sqrt(D) times the mean over channels.
     """
 
     def __init__(self, config: LossConfig) -> None:

@@ -59,14 +59,14 @@ def trim_mask(mask: np.ndarray, count: int, rng: np.random.Generator) -> np.ndar
 
 
 class SpanMasking:
-    """The masking policy of data2vec audio, for any sequence. Hides spans of the unpadded tokens of each sample."""
+    """Span masking as a policy, for any sequence. Hides spans of the unpadded tokens of each sample."""
 
     def __init__(self, config: SpanMaskingConfig) -> None:
-        if not 0 < config.mask_prob < 1 or config.mask_length < 1:
-            raise ValueError(
-                f"mask.mask_prob={config.mask_prob} must lie between 0 and 1 and "
-                f"mask.mask_length={config.mask_length} must be at least 1"
-            )
+        if not 0 < config.mask_prob < 1:
+            raise ValueError(f"mask.mask_prob={config.mask_prob} must lie between 0 and 1")
+        for key, least in (("mask_length", 1), ("min_spans", 0)):
+            if getattr(config, key) < least:
+                raise ValueError(f"mask.{key}={getattr(config, key)} must be at least {least}")
         if not 0 <= config.mask_dropout < 1:
             raise ValueError(f"mask.mask_dropout={config.mask_dropout} must lie between 0 and 1")
         self.config = config

@@ -82,8 +82,8 @@ def load(name: str) -> type[Modality[Any]]:
         ) from error
     manager = pluggy.PluginManager("d2v")
     manager.add_hookspecs(hookspecs)
-    manager.register(module, name)
     try:
+        manager.register(module, name)
         # pluggy lets a misspelled hook pass in silence unless it is asked.
         manager.check_pending()
         answers = manager.hook.d2v_modality()

@@ -34,8 +34,11 @@ class ConvPositions(nn.Module):
 
     def __init__(self, embed_dim: int, config: ConvPositionsConfig) -> None:
         super().__init__()
+        for key in ("depth", "width", "groups"):
+            if getattr(config, key) < 1:
+                raise ValueError(f"positions.{key}={getattr(config, key)} must be at least 1")
         if embed_dim % config.groups:
-            raise ValueError(f"embed_dim={embed_dim} is not a multiple of positions.groups={config.groups}")
+            raise ValueError(f"model.embed_dim={embed_dim} must be a multiple of positions.groups={config.groups}")
         kernel = max(3, config.width // config.depth)
         self.rezero_padding = config.rezero_padding
         self.convs = nn.ModuleList(

@@ -19,7 +19,10 @@ FREE = {"out", "resume", "train.log_every", "train.checkpoint_every", "train.kee
 
 @dataclass(frozen=True)
 class RunFolder:
+    """new: made by this call. done: the run in it has all its steps."""
+
     path: Path
+    new: bool
     done: bool
 
 
@@ -31,17 +34,21 @@ def open_run(config: RunConfig) -> RunFolder:
     """
     path = Path(config.out) if config.out else _new_name(config)
     stored = path / "config.yaml"
-    done = False
+    new, done = True, False
     try:
         if stored.is_file() and config.resume == "auto":
+            new = False
             _compare(read_yaml(stored), config, path)
             done = _steps_done(path) >= config.train.max_steps
         elif path.exists() and not path.is_dir():
             raise UserError(f"out={path} is a file; give a folder for the run.")
         elif path.is_dir() and any(path.iterdir()):
             raise UserError(
-                f"out={path} is not empty{' (it holds a run)' if stored.is_file() else ''}, and nothing there is "
-                "overwritten. Go on with that run by resume=auto, or give another folder."
+                f"out={path} is not empty (it holds a run), and nothing there is overwritten. Go on with that run by "
+                "resume=auto, or give another folder."
+                if stored.is_file()
+                else f"out={path} is not empty and holds no run (no config.yaml). Nothing there is overwritten: give a "
+                "new or an empty folder."
             )
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         if not done:
@@ -53,7 +60,20 @@ def open_run(config: RunConfig) -> RunFolder:
             f"The run folder out={path} cannot be written: {error.strerror or error}. "
             "Choose a folder that you may write to with out=FOLDER."
         ) from error
-    return RunFolder(path, done)
+    return RunFolder(path, new, done)
+
+
+def drop_unused(path: Path) -> None:
+    """Remove a run folder in which nothing came about: no checkpoint, no line of metrics, nothing of anybody else's."""
+    try:
+        (path / "checkpoints").rmdir()
+        if {child.name for child in path.iterdir()} == {"config.yaml"}:
+            (path / "config.yaml").unlink()
+            path.rmdir()
+        else:
+            (path / "checkpoints").mkdir()
+    except OSError:
+        return  # in use
 
 
 def _new_name(config: RunConfig) -> Path:
@@ -74,6 +94,11 @@ def _steps_done(path: Path) -> int:
 
 def _compare(stored: Mapping[str, Any], config: RunConfig, path: Path) -> None:
     """A resumed run must be the same run; only a larger train.max_steps may prolong it."""
+    if "modality" not in stored:
+        raise UserError(
+            f"{path / 'config.yaml'} is damaged: it has no key `modality`. Restore it from a copy, or start anew with "
+            "another out=FOLDER."
+        )
     before, now = _flatten(stored), _flatten(config.to_dict())
     changed = {
         key: (before.get(key), now.get(key))

@@ -40,7 +40,7 @@ def lr_at(step: int, max_steps: int, config: OptimConfig) -> float:
 def decay_at(step: int, max_steps: int, config: TeacherConfig) -> float:
     """Teacher decay in force after `step` completed updates: linear from ema_decay to ema_end_decay, then constant.
 
-    The EMA step that follows update number n uses decay_at(n) (fairseq: data2vec_audio.py, `set_num_updates`).
+    The EMA step that follows update number n uses decay_at(n) (fairseq: examples/data2vec/models, `set_num_updates`).
     """
     anneal = max_steps if config.ema_anneal_steps is None else config.ema_anneal_steps
     if step >= anneal:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -131,22 +132,22 @@ class Trainer:
         if self.config.train.num_threads:
             torch.set_num_threads(self.config.train.num_threads)
         self.progress = Progress()
+        self.description = ""
         self._signal: int | None = None
 
     def fit(self) -> int:
         config, train = self.config, self.config.train
         found = checkpoint.list_checkpoints(self.out / "checkpoints")
-        dataset = self.modality.dataset("train")
-        describe = getattr(dataset, "describe", None)
-        if callable(describe):
-            self.console.print(str(describe()), soft_wrap=True, highlight=False)
-        self.model = run.build_model(self.modality)
+        self.model = run.build_model(self.modality)  # before the data, which may take long to look through
         if config.from_run is not None and not found:
             self._start_from(Path(config.from_run))
         self.model.to(self.device).train()
         self.updater = Updater(self.model, config, self.device)
         if found:
             self._restore(found[-1])
+        dataset = self.modality.dataset("train")
+        self.description = dataset.describe()
+        self._say(escape(self.description))
         if train.compile:
             for module in self.model.modules():
                 if isinstance(module, Block):
@@ -156,14 +157,17 @@ class Trainer:
         if not finished:
             self._save()
             name = signal.Signals(self._signal or signal.SIGINT).name
-            self.console.print(
+            self._say(
                 f"\nStopped by {name} after step {self.progress.step} of {train.max_steps}; a checkpoint is saved. "
-                f"Go on with the same command and [bold]out={self.out} resume=auto[/bold].",
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
+                f"Go on with the same command and [bold]out={escape(str(self.out))} resume=auto[/bold]."
+            )
             return INTERRUPTED if name == "SIGINT" else TERMINATED
         self._finish()
         return 0
+
+    def _say(self, text: str) -> None:
+        """With rich's markup: names of files and folders, which may hold brackets, come escaped."""
+        self.console.print(text, soft_wrap=True, highlight=False)
 
     def _loop(self, dataset: Dataset[Any], display: Display) -> bool:
         """True when max_steps is reached, False when a signal asked to stop."""
@@ -174,8 +178,8 @@ class Trainer:
         )  # fmt: skip
         metrics_file = MetricsFile(self.out / "metrics.jsonl", progress.step)
         writers = [metrics_file, *([TensorBoard(self.out / "tensorboard", progress.step)] if train.tensorboard else [])]
-        base, started = progress.seconds, time.perf_counter()
-        since, amount, waited = started, 0.0, 0.0
+        base, started, first_step = progress.seconds, time.perf_counter(), progress.step
+        since, amount, waited, idle = started, 0.0, 0.0, 0
         batches = iter(loader)
         try:
             while progress.step < train.max_steps:
@@ -186,6 +190,12 @@ class Trainer:
                 waited += time.perf_counter() - asked
                 progress.epoch, progress.epoch_step = epoch, epoch_step + 1
                 usable = self._usable(step_batches, dataset)
+                idle = 0 if usable else idle + 1
+                if idle > loader.steps_per_epoch:
+                    raise UserError(
+                        f"Nothing to learn from: {idle} steps in a row, a whole epoch, have no token to predict. Either "
+                        "no sample can be read, or the options of the masks hide nothing."
+                    )
                 if not usable:
                     continue
                 result = self.updater.update(progress.step, usable, self.modality.teacher_inputs)
@@ -211,8 +221,8 @@ class Trainer:
                     since, amount, waited = now, 0.0, 0.0
                     for writer in writers:
                         writer.write(metrics)
-                    done = progress.step
-                    display.show(metrics, (progress.seconds - base) * (train.max_steps - done) / max(done, 1))
+                    rate = (progress.seconds - base) / (progress.step - first_step)
+                    display.show(metrics, rate * (train.max_steps - progress.step))
                     self._guard(metrics)
                 if progress.step % train.checkpoint_every == 0 and progress.step < train.max_steps:
                     progress.seconds = base + time.perf_counter() - started
@@ -229,7 +239,7 @@ class Trainer:
             for name, reason in batch.skipped:
                 if name not in self.progress.skipped:
                     self.progress.skipped[name] = reason
-                    self.console.print(f"[yellow]skipped[/yellow] {name}: {reason}", soft_wrap=True, highlight=False)
+                    self._say(f"[yellow]skipped[/yellow] {escape(f'{name}: {reason}')}")
         if len(self.progress.skipped) == len(dataset):
             raise UserError(
                 f"None of the {len(dataset)} samples can be read; the first: {next(iter(self.progress.skipped))}"
@@ -265,7 +275,7 @@ class Trainer:
         stored = checkpoint.load(folder)
         run.load_model_state(self.model, stored.model, str(folder))
         self.model.update_teacher(0.0)  # the teacher is made anew, equal to the student
-        self.console.print(f"Weights from {folder}; teacher made anew from them.", soft_wrap=True, highlight=False)
+        self._say(escape(f"Weights from {folder}; teacher made anew from them."))
 
     def _save(self) -> None:
         state = {
@@ -290,12 +300,12 @@ class Trainer:
         self.updater.optimizer.load_state_dict(stored.state["optimizer"])
         self.updater.scaler.load_state_dict(stored.state["scaler"])
         self.progress = Progress(**stored.state["progress"])
-        self.console.print(f"Going on from {folder}.", soft_wrap=True, highlight=False)
+        self._say(escape(f"Going on from {folder}."))
         if stored.state["num_threads"] != torch.get_num_threads():
-            self.console.print(
+            self._say(
                 f"[yellow]note[/yellow] this run used {stored.state['num_threads']} CPU threads, now there are "
-                f"{torch.get_num_threads()}: results will differ in their last bits.", soft_wrap=True, highlight=False
-            )  # fmt: skip
+                f"{torch.get_num_threads()}: results will differ in their last bits."
+            )
 
     def _finish(self) -> None:
         self._save()
@@ -308,6 +318,7 @@ class Trainer:
             "amount": round(progress.amount, 1),
             "unit": self.modality.unit,
             "epochs": progress.epoch,
+            "data": self.description,
             "skipped": progress.skipped,
         }
         task = self.modality.probe() if self.config.train.probe else None
@@ -324,14 +335,14 @@ class Trainer:
             summary["probe"] = probe.summary(task, rows)
             self.console.print(_probe_table(task, rows))
         write_json(self.out / "summary.json", summary)
-        self.console.print(
+        place = escape(str(self.out))
+        self._say(
             f"{progress.step} steps, {progress.amount:.0f} {self.modality.unit} in {progress.seconds:.0f} s. "
-            f"The run lies in [bold]{self.out}[/bold].\nNext:\n"
-            f"  tensorboard --logdir {self.out}\n"
-            f"  d2v run modality={self.modality.name} preset={self.config.preset} from={self.out} data.path=YOUR_DATA\n"
-            f"  python -c \"import d2v_core; print(d2v_core.load('{self.out}'))\"",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
+            f"The run lies in [bold]{place}[/bold].\nNext:\n"
+            f"  tensorboard --logdir {place}\n"
+            f"  d2v run modality={self.modality.name} preset={self.config.preset} from={place} data.path=YOUR_DATA\n"
+            f"  python -c \"import d2v_core; print(d2v_core.load('{place}'))\""
+        )
 
     @contextmanager
     def _signals(self) -> Generator[None]:
@@ -358,6 +369,11 @@ def pick_device(config: RunConfig) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"train.device={name}, but torch sees no CUDA device. Use train.device=cpu or auto.")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise UserError(
+            f"train.device={name}, but there are {torch.cuda.device_count()} CUDA devices, counted from 0. Use a lower "
+            "number or auto."
+        )
     if name == "cpu" and config.train.precision == "fp16":
         raise UserError("train.precision=fp16 needs a GPU. On a CPU use bf16 or fp32.")
     return torch.device(name)

@@ -6,16 +6,16 @@ something deviates. The parity tests expect them to pass, the tests with planted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from d2v_audio import official
 from d2v_audio.data import AudioSample
 from d2v_audio.modality import AudioModality
-from torch import Tensor, nn
-
 from d2v_core import schedules
 from d2v_core.config import RunConfig, load_config, parse_arguments
 from d2v_core.contract import Batch, Masks, Tokens
@@ -92,7 +92,8 @@ class Seen:
 @contextmanager
 def watch(model: Data2Vec) -> Iterator[Seen]:
     seen = Seen()
-    student, teacher = model.student, model.teacher.module
+    student: Any = model.student
+    teacher: Any = model.teacher.module
     handles: list[Any] = []
 
     def after(module: nn.Module, then: Callable[[tuple[Any, ...], Any], None]) -> None:
@@ -321,11 +322,3 @@ def check_training_steps(fixture: Fixture, changes: Mapping[str, str] | None = N
     c.number("log final loss_sum", out.loss_sum, log[-1]["loss_sum"], LOSS_OF_UPDATE)
     c.number("log final sample_size", out.num_scored, log[-1]["sample_size"], LOSS)
     return c.finish()
-
-
-def pick(fixtures: Sequence[Fixture], kind: str, **options: Any) -> Fixture | None:
-    """The first fixture of a kind whose official configuration has these values."""
-    for fixture in fixtures:
-        if fixture.kind == kind and all(fixture.config.get(key) == value for key, value in options.items()):
-            return fixture
-    return None

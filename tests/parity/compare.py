@@ -147,7 +147,7 @@ def _group(name: str) -> str:
     updated = re.match(r"after\d+\.\w+", name)
     if updated:
         return f"{updated[0]}.*"
-    return re.sub(r"\d+", "#", re.sub(r"^mask \S+|\[\S+\]$", "", name).strip())
+    return re.sub(r"\d+", "#", re.sub(r"(\[\S+\])? of setting \d+$", "", name))
 
 
 def table(comparisons: Sequence[Comparison]) -> Iterator[str]:

@@ -27,9 +27,9 @@ def keep(request: pytest.FixtureRequest) -> list[Comparison]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_threads() -> Iterator[None]:
-    """The models are tiny: more threads only wait for one another."""
+def one_thread() -> Iterator[None]:
+    """The models are tiny: threads would wait for one another longer than they work."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(2, before))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

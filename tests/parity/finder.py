@@ -123,3 +123,11 @@ def parameters(fixtures: list[Fixture], wanted: Callable[[Fixture], bool], skip:
         for f in fixtures
         if wanted(f)
     ]
+
+
+def pick(fixtures: list[Fixture], kind: str, where: Callable[[Fixture], bool] = lambda _: True) -> Fixture:
+    """The first fixture of a kind with a property. Skips the test where the folder has none."""
+    for fixture in fixtures:
+        if fixture.kind == kind and where(fixture):
+            return fixture
+    pytest.skip(f"no fixture of kind {kind} with what this test is about; the full set has one")

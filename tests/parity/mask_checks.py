@@ -24,17 +24,17 @@ SIGMAS = 5.0
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
-def check_mask_statistics(fixture: Fixture, calls: int = 1000, seed: int = 0) -> Comparison:
+def check_mask_statistics(fixture: Fixture, calls: int = 600, seed: int = 0) -> Comparison:
     c = Comparison(fixture)
     for number, setting in enumerate(fixture.meta["stats"]):
         masks, lengths = draw(setting, calls, seed)
-        name = f"mask {number}"
+        of = f"of setting {number}"
         known: set[str] = set(SETTINGS)
         for key, ours, recorded, allowed in statistics(masks, lengths, setting):
             known.add(key.partition("[")[0])
-            c.number(f"{name} {key}", ours, recorded, Limit(absolute=allowed))
+            c.number(f"{key} {of}", ours, recorded, Limit(absolute=allowed))
         for key in setting.keys() - known:
-            c.fail(f"{name} {key}", "recorded, but not compared")
+            c.fail(f"{key} {of}", "recorded, but not compared")
     return c.finish()
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from d2v_audio.feature_encoder import LogMelConfig, LogMelEmbedding, stacked_bands
-from d2v_audio.files import BadClip, Clip, ScanReport, read, scan
-from d2v_audio.synthetic import PHONES, SILENCE, SyntheticSpeech, frame_labels
+from d2v_audio.files import MAX_RATE, BadClip, Clip, ScanReport, read, scan
+from d2v_audio.synthetic import MIN_SAMPLE_RATE, PHONES, SILENCE, SyntheticSpeech, frame_labels
 from d2v_core.config import opt
 from d2v_core.contract import BadSample, Dataset, ProbeTask
 
@@ -47,8 +47,10 @@ class AudioConfig:
     def check(self) -> None:
         """Raises ValueError."""
         for key in ("sample_rate", "max_s", "batch_s", "synthetic_clips"):
-            if getattr(self, key) <= 0:
+            if not 0 < getattr(self, key) < float("inf"):
                 raise ValueError(f"data.{key}={getattr(self, key)} must be above 0")
+        if not MIN_SAMPLE_RATE <= self.sample_rate <= MAX_RATE:  # the probe's synthetic speech needs the lower bound
+            raise ValueError(f"data.sample_rate={self.sample_rate} must lie between {MIN_SAMPLE_RATE} and {MAX_RATE} Hz")
         if not 0 <= self.min_s < self.max_s:
             raise ValueError(f"data.min_s={self.min_s} must lie between 0 and data.max_s={self.max_s}")
         if self.micro_batch_s is not None and not 0 < self.micro_batch_s <= self.batch_s:

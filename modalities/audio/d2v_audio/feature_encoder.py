@@ -156,7 +156,7 @@ class LogMelGeometry:
         self.stride = config.stride
         self.kernel = max(3, config.stride)
         self.hop_s = self.stride * self.hop / sample_rate
-        self.min_samples = self.window + (self.kernel - 3) * self.hop if self.kernel > 3 else self.window
+        self.min_samples = self.window + (self.kernel - 3) * self.hop
         # Token 0 is centred between windows -1 and kernel - 2; window 0 is centred at half its width.
         self.offset_s = ((self.kernel - 3) / 2 * self.hop + self.window / 2) / sample_rate
 
@@ -228,8 +228,13 @@ def make_geometry(features: WaveformConfig | LogMelConfig, sample_rate: int) -> 
     if isinstance(features, WaveformConfig):
         check_waveform(features)
         return WaveformGeometry(features, sample_rate)
-    if features.stride < 1 or features.num_mels < 1 or not 0 < features.hop_s <= features.window_s:
-        raise ValueError(f"{features} must have stride and num_mels of at least 1 and 0 < hop_s <= window_s")
+    for key in ("stride", "num_mels"):
+        if getattr(features, key) < 1:
+            raise ValueError(f"features.{key}={getattr(features, key)} must be at least 1")
+    if not 1 / sample_rate <= features.hop_s <= features.window_s < float("inf"):
+        raise ValueError(
+            f"features.hop_s={features.hop_s} must lie between one sample and features.window_s={features.window_s}"
+        )
     return LogMelGeometry(features, sample_rate)
 
 
@@ -238,6 +243,9 @@ def check_waveform(config: WaveformConfig) -> None:
         raise ValueError(
             f"features.kernels={config.kernels} and features.strides={config.strides} must be equally long"
         )
+    for key, values in (("channels", [config.channels]), ("kernels", config.kernels), ("strides", config.strides)):
+        if min(values) < 1:
+            raise ValueError(f"features.{key}={getattr(config, key)} must be at least 1")
     if config.norm not in ("layer", "group"):
         raise ValueError(f"features.norm={config.norm!r} must be layer or group")
 

@@ -118,6 +118,13 @@ def scan(
             clips.append(result)
     shortest = math.ceil(min_s * sample_rate - 1e-6)  # n / rate * rate may come out a little above n
     long = tuple(clip for clip in clips if clip.num_samples >= shortest)
+    if sum(clip.num_samples for clip in long) <= decode_hours * 3600 * sample_rate:
+        with ThreadPoolExecutor(num_threads) as pool:
+            problems = list(pool.map(lambda clip: _problem(clip, sample_rate), long))
+        again = [problem and _problem(clip, sample_rate) for clip, problem in zip(long, problems, strict=True)]
+        bad += [(clip.id, problem) for clip, problem in zip(long, again, strict=True) if problem]
+        clips = [clip for clip in clips if clip.id not in dict(bad)]
+        long = tuple(clip for clip, problem in zip(long, again, strict=True) if not problem)
     other = [clip for clip in long if clip.source_rate != sample_rate]
     report = ScanReport(long, len(clips) - len(long), tuple(sorted(bad)), len(other), sample_rate, min_s)
 
@@ -125,7 +132,7 @@ def scan(
         share = f"{len(bad)} of {len(entries)} audio files ({len(bad) / len(entries):.1%})"
         raise UserError(
             f"data.path={path}: {share} are unreadable, more than data.max_bad_ratio={max_bad_ratio:g} allows:\n"
-            f"  {_first(bad, chr(10) + '  ')}\nMend or remove them, or raise data.max_bad_ratio to do without them."
+            f"  {_first(sorted(bad), chr(10) + '  ')}\nMend or remove them, or raise data.max_bad_ratio to do without them."
         )
     if not long:
         raise UserError(

@@ -45,8 +45,11 @@ class AudioModality(Modality[AudioSample]):
         kind = WaveformConfig if config.encoder == "waveform" else LogMelConfig
         self.features: WaveformConfig | LogMelConfig = config.section("features", kind)
         try:
-            self.geometry = make_geometry(self.features, self.data.sample_rate)
             self.data.check()
+            self.geometry = make_geometry(self.features, self.data.sample_rate)
+            if round(self.data.max_s * self.data.sample_rate) < self._two_tokens():
+                least = self._two_tokens() / self.data.sample_rate
+                raise ValueError(f"data.max_s={self.data.max_s} must be at least {least:g} s, which is two tokens")
             SpanMasking(config.section("mask", SpanMaskingConfig))
         except ValueError as error:
             raise UserError(f"This configuration cannot work: {error}") from error
@@ -70,10 +73,14 @@ class AudioModality(Modality[AudioSample]):
     @property
     def min_samples(self) -> int:
         """Shortest clip of use: data.min_s, and two tokens in any case, one to hide and one to see."""
-        tokens = self.geometry.min_samples
-        while self.geometry.num_tokens(tokens) < 2:
-            tokens += 1
-        return max(tokens, round(self.data.min_s * self.data.sample_rate))
+        return max(self._two_tokens(), round(self.data.min_s * self.data.sample_rate))
+
+    def _two_tokens(self) -> int:
+        """Samples in the shortest clip that has two tokens."""
+        samples = self.geometry.min_samples
+        while self.geometry.num_tokens(samples) < 2:
+            samples += 1
+        return samples
 
     def batching(self) -> Batching:
         data = self.data

@@ -24,7 +24,7 @@ import numpy as np
 SILENCE = 0  # phone id
 _HOPS_PER_S = 200  # one hop = 5 ms
 _HOPS_PER_WINDOW = 4  # squared Hann windows then add up to 1.5 everywhere
-_MIN_SAMPLE_RATE = 4000  # Hz; below it nothing but the first formants would be left
+MIN_SAMPLE_RATE = 4000  # Hz; below it nothing but the first formants would be left
 
 # One row per phone: four resonances in Hz, their gains in dB, voice and noise amplitude, duration in ms, and the part
 # of it that is closure (stops). Vowels stay near the averages of Peterson & Barney (JASA 1952); other rows are round
@@ -159,8 +159,8 @@ class SyntheticSpeech:
             raise ValueError(f"split is {split!r}; expected one of {', '.join(_SPEAKERS)}")
         if size < 0 or seed < 0:
             raise ValueError(f"size and seed must not be negative; got size={size}, seed={seed}")
-        if sample_rate < _MIN_SAMPLE_RATE:
-            raise ValueError(f"sample_rate is {sample_rate} Hz; expected at least {_MIN_SAMPLE_RATE}")
+        if sample_rate < MIN_SAMPLE_RATE:
+            raise ValueError(f"sample_rate is {sample_rate} Hz; expected at least {MIN_SAMPLE_RATE}")
         self.split, self.size, self.seed, self.sample_rate = split, size, seed, sample_rate
         self._hop = round(sample_rate / _HOPS_PER_S)  # samples
 

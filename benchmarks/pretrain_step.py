@@ -1,0 +1,357 @@
+"""Time of one whole pre-training step of d2v beside the same step made of public parts.
+
+    python benchmarks/pretrain_step.py --preset base                       # CPU, one thread, fp32, 8 s of audio
+    python benchmarks/pretrain_step.py --preset base --device cuda --dtype bf16 --batch 64 --compile
+    python benchmarks/pretrain_step.py --preset tiny                       # log-mel: d2v alone, no peer has it
+
+A step is student and teacher forward, backward, gradient norm, optimizer and teacher update. `d2v` is the product's own
+step (`d2v_core.trainer.Updater`). `hf` is what a user writes with `transformers.Data2VecAudioModel` (SDPA attention): a
+deep copy as teacher that runs on the whole waveform, forward hooks for the feed-forward outputs, `torch.optim.AdamW` as
+it comes, a Python loop for the moving average (hf_peer.py). Both have the same sizes, dropout, audio and masks; layer
+drop is off, so that both always do all layers. Before timing, d2v's weights are put into the peer, and loss and
+gradient norm must agree.
+
+How to read the numbers
+  seconds      process CPU time on a CPU (does not grow when others use the machine, but caches are shared), wall time
+               between synchronisations on a GPU. Contenders take turns within each round.
+  ratio        hf / d2v: median over rounds of the ratio within a round, and ratio of the minima. Trust ratios; seconds
+               differ from machine to machine.
+  of peak      analytic FLOPs of d2v's step (the same for both: what the peer does beyond them, as its teacher's second
+               pass through the front end, is not useful work) / min seconds / fastest matrix product measured in the
+               same run. On a GPU with bf16 this is the model FLOP utilisation against a measured, not a printed, peak.
+  calibration  GFLOP/s of 1024^3 (GPU: 8192^3) matrix products before each round. `mm` is what torch.mm takes; `onednn`
+               (fp32 on a CPU) is the kernel that torch.mm leaves unused there. If it moves by more than 15 % between
+               rounds, the machine was too busy: "valid" is false, and --strict exits with 3.
+  memory       peak of a fresh process that makes two steps, less that of one that imports the same and builds nothing;
+               on a GPU the peak of torch's allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import numpy as np
+import torch
+from hf_peer import HuggingFace, has_peer
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import __version__ as transformers_version
+
+from d2v_core import __version__ as d2v_version
+from d2v_core.config import RunConfig, load_config
+from d2v_core.contract import Batch, Layout, Modality
+from d2v_core.run import build_model
+from d2v_core.trainer import AUTOCAST, Updater
+
+NO_DROPOUT = ("model.dropout=0", "model.attention_dropout=0", "model.activation_dropout=0")
+TOLERANCE = 1e-4
+MAX_DRIFT = 0.15
+
+
+@dataclass
+class Setup:
+    """One configuration and one batch, for all contenders."""
+
+    config: RunConfig
+    modality: Modality[Any]
+    device: torch.device
+    batch: Batch
+    compile: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, seconds: float, *overrides: str) -> Setup:
+        values = {"modality": "audio", "preset": args.preset, "encoder": args.encoder, "model.layer_drop": "0"}
+        values |= {"train.device": args.device, "train.precision": args.dtype}
+        values |= dict(word.split("=", 1) for word in [*args.set, *overrides])
+        config, kind = load_config([f"{key}={value}" for key, value in values.items()])
+        modality: Any = kind(config)
+        num_samples = round(seconds * modality.data.sample_rate)
+        waveform = torch.randn(args.batch, num_samples, generator=torch.Generator().manual_seed(0))
+        layouts = [Layout((modality.geometry.num_tokens(num_samples),))] * args.batch
+        masks = modality.masking()(layouts, 1, [np.random.default_rng(i) for i in range(args.batch)])
+        device = torch.device(args.device)
+        return cls(config, modality, device, Batch({"waveform": waveform}, masks).to(device), args.compile)
+
+    @property
+    def seconds(self) -> float:
+        return self.modality.amount(self.batch.inputs)
+
+
+class D2V:
+    """The product's own step."""
+
+    name = "d2v"
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.model = build_model(setup.modality).to(setup.device).train()
+        self.updater = Updater(self.model, setup.config, setup.device)
+        if setup.compile:  # as d2v_core.trainer.Trainer.fit does
+            for part in (self.model.student.transformer, cast("Any", self.model.teacher.module).transformer):
+                for block in part.blocks:
+                    block.compile()
+
+    def step(self, number: int) -> tuple[Tensor, Tensor]:
+        result = self.updater.update(number, [self.setup.batch], self.setup.modality.teacher_inputs)
+        return result.loss, result.grad_norm
+
+
+def contender(name: str, setup: Setup) -> D2V | HuggingFace:
+    return D2V(setup) if name == "d2v" else HuggingFace(setup.config, setup.batch, setup.compile)
+
+
+def verify(args: argparse.Namespace) -> dict[str, float]:
+    """Relative differences of loss and gradient norm with equal weights and no dropout, in fp32; stops if too large."""
+    setup = Setup.of(args, min(args.seconds, 2.0), *NO_DROPOUT, "train.precision=fp32")
+    setup.compile = False
+    d2v = D2V(setup)
+    peer = HuggingFace(setup.config, setup.batch, False, d2v.model)
+    differences = [
+        abs(ours.item() - theirs.item()) / abs(ours.item())
+        for ours, theirs in zip(d2v.step(0), peer.step(0), strict=True)
+    ]
+    result = dict(zip(("loss", "grad_norm"), differences, strict=True))
+    print(f"same weights, relative difference: loss {differences[0]:.1e}, gradient norm {differences[1]:.1e}")
+    if not max(differences) <= TOLERANCE:
+        raise SystemExit(f"d2v and hf do not compute the same thing: {result}, allowed {TOLERANCE}")
+    return result
+
+
+def step_flops(setup: Setup) -> dict[str, float]:
+    """FLOPs of d2v's step by part; a multiply-add is 2. Matrix products and convolutions only.
+
+    Backward costs twice the forward, but for the first layer, whose input needs no gradient.
+    """
+    model, sections = setup.config.model, cast("dict[str, Any]", setup.config.sections)
+    features, positions, dim = sections["features"], sections["positions"], model.embed_dim
+    waveform, masks = setup.batch.inputs["waveform"], setup.batch.masks
+    assert masks is not None
+    rows, length = waveform.shape
+    front: list[float] = []
+    if setup.config.encoder == "waveform":
+        channels = 1
+        for kernel, stride in zip(features.kernels, features.strides, strict=True):
+            length = (length - kernel) // stride + 1
+            front.append(2.0 * kernel * channels * features.channels * length * rows)
+            channels = features.channels
+        tokens = rows * length
+    else:
+        length = masks.hidden.shape[2]
+        tokens, channels = rows * length, dim
+        front.append(2.0 * max(3, features.stride) * features.num_mels * dim * tokens)
+    project = 2.0 * channels * dim * tokens
+    kernel = max(3, positions.width // positions.depth)
+    place = positions.depth * 2.0 * dim * (dim // positions.groups) * kernel * tokens
+    linears = model.num_layers * 2.0 * (4 * dim**2 + 2 * dim * int(dim * model.mlp_ratio)) * tokens
+    attention = model.num_layers * 4.0 * length * dim * tokens
+    head = 2.0 * dim * dim * len(masks.scored_rows)
+    encoder = place + linears + attention
+    return {
+        "front_end": 3 * (sum(front) + project) - front[0],
+        "student": 3 * (encoder + head),
+        "teacher": encoder,
+        "total": 3 * (sum(front) + project + encoder + head) - front[0] + encoder,
+    }
+
+
+class CountFlops(TorchDispatchMode):
+    """torch's own counter follows modules too and trips over the teacher's; this one only adds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        kind = func._overloadpacket
+        if kind in flop_registry:
+            self.total += flop_registry[kind](*args, **(kwargs or {}), out_val=out)
+        elif str(kind) == "mkldnn._linear_pointwise":  # oneDNN's products, which torch's table does not know
+            self.total += 2 * out.numel() * args[0].shape[-1]
+        elif str(kind) == "aten.mkldnn_convolution":
+            self.total += 2 * out.numel() * args[1][0].numel()
+        return out
+
+
+def check_flops(args: argparse.Namespace) -> float:
+    """Counted / analytic FLOPs, with attention as plain products so that the counter sees them."""
+    setup = Setup.of(args, min(args.seconds, 2.0), *NO_DROPOUT)
+    d2v = D2V(setup)
+    with CountFlops() as counter, sdpa_kernel(SDPBackend.MATH):
+        d2v.step(0)
+    return counter.total / step_flops(setup)["total"]
+
+
+def seconds_of(device: torch.device, run: Callable[[], object]) -> float:
+    """Process CPU time of `run`, or on a GPU wall time until it is done."""
+    if device.type == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def calibrate(setup: Setup) -> dict[str, float]:
+    """GFLOP/s of square matrix products by kernel, the best of a few."""
+    device, size = setup.device, 1024 if setup.device.type == "cpu" else 8192
+    rates: dict[str, float] = {}
+    kinds = {"mm_fp32": torch.float32}
+    if setup.config.train.precision != "fp32":
+        kinds[f"mm_{setup.config.train.precision}"] = cast("Any", AUTOCAST[setup.config.train.precision])
+    runs: dict[str, Callable[[], object]] = {}
+    for name, dtype in kinds.items():
+        matrix = torch.randn(size, size, device=device, dtype=dtype)
+        runs[name] = lambda matrix=matrix: matrix @ matrix
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        linear = torch.ops.mkldnn._linear_pointwise
+        matrix = torch.randn(size, size)
+        runs["onednn_fp32"] = lambda matrix=matrix: linear(matrix, matrix, None, "none", [], "")
+    for name, run in runs.items():
+        run()
+        times = [seconds_of(device, lambda run=run: [run() for _ in range(4)]) / 4 for _ in range(5)]
+        rates[name] = 2.0 * size**3 / min(times) / 1e9
+    return rates
+
+
+def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
+    """Calibrate, then let every contender make a step; so many times."""
+    contenders = [contender(name, setup) for name in names]
+    for number in range(2):  # warm-up: optimizer state, kernel caches, compilation
+        for one in contenders:
+            one.step(number)
+    calibrations: list[dict[str, float]] = []
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        calibrations.append(calibrate(setup))
+        for one in contenders if number % 2 == 0 else contenders[::-1]:
+            times[one.name].append(seconds_of(setup.device, partial(one.step, 2 + number)))
+        print(f"round {number + 1}/{rounds}  " + "  ".join(f"{n} {t[-1]:.3f} s" for n, t in times.items()), flush=True)
+    drift = max(max(c[key] for c in calibrations) / min(c[key] for c in calibrations) - 1.0 for key in calibrations[0])
+    kernels = [key for key in calibrations[0] if key.endswith(setup.config.train.precision)]
+    peak = max(c[key] for c in calibrations for key in kernels)
+    flops = step_flops(setup)
+    result: dict[str, Any] = {
+        "calibration_gflops": calibrations, "calibration_drift": drift, "valid": drift <= MAX_DRIFT,
+        "peak_gflops": peak, "step_gflop": {part: value / 1e9 for part, value in flops.items()}, "contenders": {},
+    }  # fmt: skip
+    for name, values in times.items():
+        result["contenders"][name] = {
+            "seconds": values, "min_s": min(values), "median_s": median(values),
+            "audio_s_per_s": setup.seconds / min(values), "of_peak": flops["total"] / 1e9 / min(values) / peak,
+        }  # fmt: skip
+    if "hf" in times:
+        result["ratio_median"] = median(h / d for h, d in zip(times["hf"], times["d2v"], strict=True))
+        result["ratio_min"] = min(times["hf"]) / min(times["d2v"])
+    return result
+
+
+def peak_memory(setup_of: Callable[[], Setup], name: str, device: torch.device) -> int:
+    """Bytes that this process has taken at most after two steps of one contender; "none" builds nothing."""
+    if name != "none":
+        one = contender(name, setup_of())
+        for number in range(2):
+            one.step(number)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_of(names: list[str]) -> dict[str, float]:
+    """MiB by contender, each in a process of its own."""
+    found: dict[str, int] = {}
+    for name in ("none", *names):
+        command = [sys.executable, __file__, *sys.argv[1:], "--memory", "--only", name]
+        found[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return {name: (found[name] - found["none"]) / 2**20 for name in names}
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="base", choices=("tiny", "base", "large"))
+    parser.add_argument("--encoder", default="", help="empty = the preset's; waveform or logmel")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of each clip")
+    parser.add_argument("--batch", type=int, default=1, help="clips")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of both sides")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of d2v")
+    parser.add_argument("--only", choices=("d2v", "hf", "none"), help="one contender")
+    parser.add_argument("--memory", action="store_true", help="print peak bytes of --only and stop")
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory processes out")
+    parser.add_argument("--no-verify", action="store_true", help="leave the comparison of losses out")
+    parser.add_argument("--check-flops", action="store_true", help="compare the FLOP formula with a counter and stop")
+    parser.add_argument("--strict", action="store_true", help="exit with 3 if the machine was too busy")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    if args.memory:
+        print(peak_memory(lambda: Setup.of(args, args.seconds), args.only, torch.device(args.device)))
+        return 0
+    if args.check_flops:
+        ratio = check_flops(args)
+        print(f"counted / analytic FLOPs: {ratio:.4f}")
+        return 0 if abs(ratio - 1) < 0.01 else 1
+    setup = Setup.of(args, args.seconds)
+    names = [args.only] if args.only else ["d2v", "hf"] if has_peer(setup.config) else ["d2v"]
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"d2v": d2v_version, "torch": torch.__version__, "transformers": transformers_version},
+        "cpu": cpu_model(), "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+        "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
+        "audio_s": setup.seconds,
+    }  # fmt: skip
+    if "hf" in names and not args.no_verify:
+        result["verified"] = verify(args)
+    if not args.no_memory:
+        result["peak_memory_mib"] = memory_of(names)
+    result |= measure(setup, names, args.rounds)
+    for name, row in result["contenders"].items():
+        memory = result.get("peak_memory_mib", {}).get(name)
+        print(
+            f"{name:4} min {row['min_s']:.3f} s  median {row['median_s']:.3f} s  {row['audio_s_per_s']:.2f} audio-s/s  "
+            f"{row['of_peak']:.0%} of {result['peak_gflops']:.0f} GFLOP/s" + (f"  {memory:.0f} MiB" if memory else "")
+        )
+    if "ratio_median" in result:
+        print(f"hf / d2v: {result['ratio_median']:.2f} (median of rounds), {result['ratio_min']:.2f} (minima)")
+    if not result["valid"]:
+        print(f"NOT VALID: the calibration moved by {result['calibration_drift']:.0%}; the machine was busy")
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 3 if args.strict and not result["valid"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""The core knows no modality."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import d2v_core
+
+SOURCES = sorted(Path(d2v_core.__file__).parent.glob("*.py"))
+WORDS = r"audio|\b(speech|waveform|librispeech|phones?|mel)\b"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_word_of_a_modality(path: Path):
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    found = [f"{path.name}:{number}: {line.strip()}" for number, line in lines if re.search(WORDS, line, re.I)]
+    assert not found, "\n".join(found)
+
+
+def test_no_import_of_a_modality():
+    for path in SOURCES:
+        imports = re.findall(r"^\s*(?:from|import)\s+([\w.]+)", path.read_text(encoding="utf-8"), re.M)
+        assert not [name for name in imports if re.match(r"d2v_(?!core)|torchaudio|soundfile|torchvision", name)], path

@@ -1,0 +1,194 @@
+"""Distributions that are missing, broken or at odds, each as metadata and a module in a folder on sys.path."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from d2v_core import plugins
+from d2v_core.errors import UserError
+
+GOOD = """
+from d2v_core.hookspecs import hookimpl
+@hookimpl
+def d2v_modality():
+    from d2v_toy import ToyModality
+    class Renamed(ToyModality):
+        name = {name!r}
+    return Renamed
+"""
+
+
+@pytest.fixture
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """distribution("dist", "modality", code): installs it; the module is named after the distribution."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def install(dist: str, name: str, code: str, group: str = plugins.GROUP, value: str = "{module}") -> str:
+        module = f"{dist.replace('-', '_')}_{tmp_path.name}"
+        folder = tmp_path / f"{dist.replace('-', '_')}-1.5.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.5\n")
+        (folder / "entry_points.txt").write_text(f"[{group}]\n{name} = {value.format(module=module)}\n")
+        (tmp_path / f"{module}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        return module
+
+    return install
+
+
+def test_a_stranger_is_found_listed_and_loaded_like_the_built_ins(distribution, d2v):
+    module = distribution("d2v-extra", "extra", GOOD.format(name="extra"))
+    assert plugins.Plugin("extra", "d2v-extra", "1.5", module) in plugins.installed()
+    assert plugins.load("extra").name == "extra"
+    status, text = d2v("modalities")
+    assert status == 0 and f"d2v-extra 1.5  {module}" in text and "d2v-toy 1.0  d2v_toy" in text
+    assert plugins.names() == sorted(plugins.names()) and {"extra", "toy"} <= set(plugins.names())
+    status, text = d2v("config", "modality=extra")
+    assert status == 0 and "modality: extra" in text
+
+
+def test_unknown(d2v):
+    with pytest.raises(UserError, match=r"There is no modality 'smell'\. Installed: .*toy.* pip install it"):
+        plugins.load("smell")
+    assert d2v("run", "modality=smell")[0] == 2
+
+
+def test_broken_import_names_the_distribution_and_stops_nobody_else(distribution, d2v):
+    distribution("d2v-broken", "broken", "import a_library_that_is_not_there")
+    with pytest.raises(
+        UserError,
+        match="modality 'broken' from d2v-broken 1.5, module .* cannot be imported: ModuleNotFoundError: .*"
+        "a_library_that_is_not_there.*Reinstall or remove d2v-broken; other modalities are not affected",
+    ):
+        plugins.load("broken")
+    assert plugins.load("toy").name == "toy"
+    assert d2v("modalities")[0] == 0 and "broken" in d2v("modalities")[1]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = ", "cannot be imported: SyntaxError"),
+        ("raise RuntimeError('no GPU')", "cannot be imported: RuntimeError: no GPU"),
+        ("", "has no hook d2v_modality.*Define `@hookimpl def d2v_modality"),
+        ("def d2v_modality(): return 3", "has no hook d2v_modality"),  # the marker was forgotten
+        (GOOD.format(name="odd").replace("def d2v_modality", "def d2v_modalty"), "hook that d2v does not know.*d2v_modalty"),
+        (GOOD.format(name="odd").replace("d2v_modality()", "d2v_modality(colour)"), "hook that d2v does not know.*colour"),
+        (GOOD.format(name="odd").replace("return Renamed", "return 3"), r"returns 3 from d2v_modality\(\); expected"),
+        (GOOD.format(name="odd").replace("return Renamed", "return dict"), "returns <class 'dict'>.*d2v_core.Modality"),
+        (GOOD.format(name="odd").replace("return Renamed", "return None"), "has no hook d2v_modality"),
+        (GOOD.format(name="odd").replace("class", "import gone\n    class"), r"fails in d2v_modality\(\): ModuleNotFound"),
+        (GOOD.format(name="other"), "calls itself 'other'; its `name` and the entry point's must agree"),
+    ],
+)  # fmt: skip
+def test_each_mistake_of_a_plugin_is_named(distribution, code: str, message: str):
+    distribution("d2v-odd", "odd", code)
+    with pytest.raises(UserError, match=f"(?s)The plugin of modality 'odd' from d2v-odd 1.5.*{message}"):
+        plugins.load("odd")
+
+
+def test_two_distributions_with_one_name_are_refused(distribution):
+    one, two = (distribution(dist, "twice", GOOD.format(name="twice")) for dist in ("d2v-one", "d2v-two"))
+    with pytest.raises(UserError, match="The modality 'twice' is claimed by .*Uninstall all but one") as caught:
+        plugins.load("twice")
+    assert all(text in str(caught.value) for text in ("d2v-one 1.5", "d2v-two 1.5", one, two))
+    assert plugins.names().count("twice") == 1
+
+
+def test_a_distribution_seen_twice_is_one(distribution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As when an editable install also lies in the working directory."""
+    distribution("d2v-same", "same", GOOD.format(name="same"))
+    alias = tmp_path.parent / f"{tmp_path.name}-alias"
+    alias.symlink_to(tmp_path)
+    monkeypatch.syspath_prepend(str(alias))
+    assert plugins.load("same").name == "same"
+
+
+COMMAND = "def main(argv):\n    print('called with', argv)\n    return 7\n"
+
+
+def test_commands_of_plugins(distribution, d2v):
+    distribution("d2v-verbs", "toy-probe", COMMAND, plugins.COMMANDS, "{module}:main")
+    status, text = d2v("toy-probe", "a=1", "b")
+    assert status == 7 and "called with ['a=1', 'b']" in text
+    assert "d2v toy-probe" in d2v("--help")[1] and "d2v-verbs 1.5" in d2v("--help")[1]
+    status, text = d2v("toy-prob")
+    assert status == 2 and "'toy-prob' is not a command" in text and "Did you mean toy-probe?" in text
+
+
+@pytest.mark.parametrize(
+    ("code", "value"),
+    [("import gone", "{module}:main"), ("", "{module}:main"), (COMMAND, "{module}"), ("1/0", "{module}:main")],
+)
+def test_a_command_that_cannot_be_loaded(distribution, d2v, code: str, value: str):
+    distribution("d2v-verbs", "odd", code, plugins.COMMANDS, value)
+    status, text = d2v("odd")
+    assert status == 2 and "The command 'odd' from d2v-verbs cannot be loaded" in text
+
+
+def test_commands_of_two_distributions_with_one_name(distribution, d2v):
+    for dist in ("d2v-one", "d2v-two"):
+        distribution(dist, "twice", COMMAND, plugins.COMMANDS, "{module}:main")
+    status, text = d2v("twice")
+    assert status == 2 and "The command 'twice' is claimed by" in text
+
+
+LAZY = """
+import sys
+from d2v_core import cli
+status = cli.main({words!r})
+heavy = sorted({{"torch", "omegaconf", "numpy", "rich", "d2v_toy", "broken_module"}} & set(sys.modules))
+print("STATUS", status, "IMPORTED", heavy)
+"""
+
+
+@pytest.mark.parametrize("words", [["modalities"], ["--help"], [], ["run", "--help"], ["--version"], ["nonsense"]])
+def test_listing_and_help_import_nothing_heavy_and_no_plugin(python, words: list[str]):
+    out = python(LAZY.format(words=words)).stdout
+    assert out.splitlines()[-1] == f"STATUS {2 if words == ['nonsense'] else 0} IMPORTED []"
+
+
+def test_importing_the_package_imports_no_torch(python):
+    out = python("import sys, d2v_core; print('torch' in sys.modules, d2v_core.__version__)").stdout
+    assert out.startswith("False ")
+    out = python("import sys, d2v_core.hookspecs, d2v_core.plugins; print('torch' in sys.modules)").stdout
+    assert out == "False\n"
+
+
+def test_public_names_are_there_and_others_are_not():
+    import d2v_core
+
+    for name in d2v_core.__all__:
+        assert getattr(d2v_core, name) is not None
+    with pytest.raises(AttributeError, match="module 'd2v_core' has no attribute 'Nothing'"):
+        _ = d2v_core.Nothing
+
+
+def test_what_does_not_exist_at_the_command_line(d2v):
+    status, text = d2v("rnu", "modality=toy")
+    assert status == 2 and "'rnu' is not a command" in text and "Did you mean run?" in text
+    assert d2v("run", "--help")[0] == 0 and d2v("config", "-h")[0] == 0
+    status, text = d2v("--version")
+    assert status == 0 and text.startswith("d2v ")
+
+
+def test_python_m_is_the_command(environment, tmp_path: Path):
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-m", "d2v_core", "nonsense"], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("d2v: 'nonsense' is not a command")
+
+
+def test_a_reader_that_leaves_early_is_no_error(environment, tmp_path: Path):
+    import subprocess
+
+    command = f"{sys.executable} -m d2v_core config modality=toy | head -1"
+    done = subprocess.run(command, shell=True, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.startswith("#")
+    assert json.loads(json.dumps(done.stdout))

@@ -1,0 +1,142 @@
+"""A modality of random vectors, as small as the contract allows: what the core is tested with."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2v_core import BadSample, Batching, Dataset, FeatureEncoder, Layout, Masks, Modality, SpanMasking, Tokens
+from d2v_core.config import ModelConfig, opt
+from d2v_core.hookspecs import hookimpl
+from d2v_core.keyed import generator
+from d2v_core.masking import SpanMaskingConfig
+
+CHANNELS = 4
+MAX_TOKENS = 24
+
+
+@dataclass
+class ToyConfig:
+    """Random sequences."""
+
+    num_samples: int = opt(14, "Sequences.")
+    min_size: int = opt(12, "Shortest, tokens.")
+    max_size: int = opt(24, "Longest, tokens.")
+    batch: int = opt(96, "Tokens per optimizer step.")
+    micro_batch: int = opt(48, "Tokens that run at once.")
+    crop: bool = opt(True, "Crop to the shortest; false = pad.")
+    bad: list[int] = opt([], "Samples that cannot be read.")
+    extra_tokens: int = opt(0, "Learned tokens in front of each sequence.")
+
+
+class ToyDataset(Dataset[np.ndarray]):
+    """(size, CHANNELS) arrays; TOY_DELAY in the environment makes reading slow."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        self.config = config
+        span = config.max_size - config.min_size + 1
+        self.sizes = config.min_size + np.arange(config.num_samples, dtype=np.int64) * 7 % span
+
+    def id(self, index: int) -> str:
+        return f"sample-{index}"
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        time.sleep(float(os.environ.get("TOY_DELAY", "0")))
+        if index in self.config.bad:
+            raise BadSample(f"sample {index} is broken on purpose")
+        return generator(0, "toy", index).normal(size=(int(self.sizes[index]), CHANNELS)).astype(np.float32)
+
+
+class ToyEncoder(FeatureEncoder):
+    def __init__(self, model: ModelConfig, extra_tokens: int) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(CHANNELS, model.embed_dim)
+        self.mask_embedding = nn.Parameter(torch.randn(model.embed_dim))
+        self.places = nn.Parameter(0.1 * torch.randn(MAX_TOKENS, model.embed_dim))
+        self.extra = nn.Parameter(torch.randn(extra_tokens, model.embed_dim))
+        self.dropout = model.dropout
+
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
+        x = self.embedding(inputs["x"])
+        padding_mask = None
+        if "sizes" in inputs:
+            padding_mask = torch.arange(x.shape[1]) >= inputs["sizes"][:, None]
+        return Tokens(x, padding_mask, (x.shape[1],))
+
+    def view(self, tokens: Tokens, masks: Masks | None) -> Tokens:
+        x, padding_mask = tokens.x, tokens.padding_mask
+        if masks is not None:
+            x = repeat(x, "b t d -> b m t d", m=masks.num_copies)
+            x = torch.where(masks.hidden.unsqueeze(-1), self.mask_embedding.to(x.dtype), x)
+            x = rearrange(x, "b m t d -> (b m) t d")
+            if padding_mask is not None:
+                padding_mask = repeat(padding_mask, "b t -> (b m) t", m=masks.num_copies)
+        x = torch.cat([self.extra.to(x.dtype).expand(len(x), -1, -1), x + self.places[: x.shape[1]].to(x.dtype)], 1)
+        if padding_mask is not None:
+            padding_mask = F.pad(padding_mask, (len(self.extra), 0))
+        return Tokens(F.dropout(x, self.dropout, self.training), padding_mask, tokens.grid, len(self.extra))
+
+
+class ToyModality(Modality[np.ndarray]):
+    """encoders: the teacher shares the embedding, or averages one of its own."""
+
+    name = "toy"
+    unit = "tokens"
+    encoders = ("shared", "own")
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.data = config.section("data", ToyConfig)
+
+    @classmethod
+    def sections(cls, encoder: str) -> Mapping[str, type]:
+        return {"data": ToyConfig, "mask": SpanMaskingConfig}
+
+    @classmethod
+    def recipes(cls) -> Path:
+        return Path(__file__).parent / "recipes"
+
+    def dataset(self, split: str) -> ToyDataset:
+        return ToyDataset(self.data)
+
+    def batching(self) -> Batching:
+        return Batching(self.data.batch, self.data.micro_batch, self.data.max_size, self.data.crop)
+
+    def prepare(self, sample: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+        start = int(rng.integers(max(len(sample) - size, 0) + 1))
+        return sample[start : start + size]
+
+    def layout(self, sample: np.ndarray) -> Layout:
+        return Layout((len(sample),))
+
+    def collate(self, samples: Sequence[np.ndarray]) -> Mapping[str, Tensor]:
+        sizes = torch.tensor([len(sample) for sample in samples])
+        x = nn.utils.rnn.pad_sequence([torch.from_numpy(sample) for sample in samples], batch_first=True)
+        return {"x": x} if (sizes == sizes[0]).all() else {"x": x, "sizes": sizes}
+
+    def amount(self, inputs: Mapping[str, Tensor]) -> float:
+        return float(inputs["sizes"].sum() if "sizes" in inputs else inputs["x"].shape[0] * inputs["x"].shape[1])
+
+    def masking(self) -> SpanMasking:
+        return SpanMasking(self.config.section("mask", SpanMaskingConfig))
+
+    def feature_encoder(self) -> ToyEncoder:
+        return ToyEncoder(self.config.model, self.data.extra_tokens)
+
+    def teacher_parts(self):
+        parts = {"": "average", "encoder.mask_embedding": "share"}
+        return parts | ({"encoder.embedding": "share"} if self.config.encoder == "shared" else {})
+
+
+@hookimpl
+def d2v_modality() -> type[ToyModality]:
+    return ToyModality
