@@ -157,11 +157,15 @@ class StepLoader:
             raise UserError("The data set is empty: nothing to train on.")
         if batching.micro_batch < 1 or batching.batch < 1:
             raise UserError(f"The batch must hold something, but its sizes are {batching}.")
+        try:
+            policy = modality.masking()
+        except ValueError as error:
+            raise UserError(f"This configuration cannot work: {error}") from error
         first = plan_epoch(dataset.sizes, batching, seed, epoch)
         self.steps_per_epoch = len(first)
         # Each worker takes every num_workers-th micro-batch, so the order of the results does not depend on how many.
         self._loader = DataLoader(
-            _MicroBatches(modality, dataset, modality.masking(), num_copies, seed),
+            _MicroBatches(modality, dataset, policy, num_copies, seed),
             sampler=_Endless(dataset.sizes, batching, seed, epoch, step),
             batch_size=None,
             collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]

@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 only where what was asked is done, 2 for an error of the user's to mend."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        status = _dispatch(words)
+        sys.stdout.flush()  # here, so that a reader who has left is noticed below and not while Python ends
+        return status
     except UserError as error:
         print(f"d2v: {error}", file=sys.stderr)
         return 2

@@ -453,24 +453,23 @@ def _expected(kinds: Sequence[Any]) -> str:
 
 def _reason(error: Any, schema: Any, values: Mapping[str, Any]) -> str:
     """What is wrong with one key, in the user's words: given, expected, and the option's meaning."""
-    key = str(getattr(error, "full_key", None) or "")
-    home, _, leaf = re.sub(r"\[\d+\]$", "", key).rpartition(".")
-    kind = _type_at(schema, f"{home}.{leaf}" if home else leaf)
-    given: Any = values.get(f"{home}.{leaf}" if home else leaf, values)
-    if given is values and home:
-        section = values.get(home)
-        given = cast("Mapping[str, Any]", section).get(leaf, values) if isinstance(section, Mapping) else values
+    key = re.sub(r"\[\d+\]$", "", str(getattr(error, "full_key", None) or ""))
     shown = key.replace("from_run", "from")
-    if kind is None or given is values or "nterpolation" in str(error):
+    home, _, leaf = key.rpartition(".")
+    section = values.get(home) if home else values
+    inner: Mapping[str, Any] = cast("Mapping[str, Any]", section) if isinstance(section, Mapping) else dict[str, Any]()
+    given: Any = values.get(key, inner.get(leaf))
+    kind = _type_at(schema, key)
+    if kind is None or given is None or "nterpolation" in str(error):
         first = str(error).splitlines()[0].replace("from_run", "from")
-        first = re.sub(r"Key '([^']+)' not in '[^']+'", f"{shown or 'key'} is not an option", first)
-        return first.rstrip(".") + (f" (key {shown})." if shown and shown not in first else "" if "?" in first else ".")
-    kinds = _alternatives(kind)
+        first = re.sub(r"Key '([^']+)' not in '[^']+'", f"{shown or 'key'} is not an option", first).rstrip(".")
+        return first + (f" (key {shown})" if shown and shown not in first else "") + ("" if "?" in first else ".")
     holder = _type_at(schema, home) if home else schema
     doc = next((str(f.metadata.get("doc", "")) for f in dataclasses.fields(holder) if f.name == leaf), "")
+    kinds = _alternatives(kind)
     allowed = [str(option) for kind in kinds if get_origin(kind) is Literal for option in get_args(kind)]
-    shown = re.sub(r"\[\d+\]$", "", shown)
-    return f"{shown}={given} must be {_expected(kinds)}.{_hint(str(given), allowed)}" + (f" It means: {doc}" if doc else "")
+    meaning = f" It means: {doc}" if doc else ""
+    return f"{shown}={given} must be {_expected(kinds)}.{_hint(str(given), allowed)}{meaning}"
 
 
 def _rename(values: Mapping[str, Any]) -> dict[str, Any]:

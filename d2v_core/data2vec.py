@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_core.contract import FeatureEncoder, Masks, Part, Predictor, Tokens
+from d2v_core.kernels import Linear
 from d2v_core.loss import RegressionLoss
 from d2v_core.targets import TopKTargets
 from d2v_core.teacher import EMATeacher
@@ -39,7 +40,7 @@ class LinearPredictor(Predictor):
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(embed_dim, embed_dim)
+        self.linear = Linear(embed_dim, embed_dim)
 
     def forward(self, tokens: Tokens, masks: Masks) -> Tensor:
         return self.linear(tokens.x[:, tokens.num_extra :].flatten(0, 1)[masks.scored_rows])

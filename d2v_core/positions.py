@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_core.config import opt
+from d2v_core.kernels import grouped_conv1d_same
 
 
 @dataclass
@@ -40,7 +41,7 @@ class ConvPositions(nn.Module):
         if embed_dim % config.groups:
             raise ValueError(f"model.embed_dim={embed_dim} must be a multiple of positions.groups={config.groups}")
         kernel = max(3, config.width // config.depth)
-        self.rezero_padding = config.rezero_padding
+        self.rezero_padding, self.groups = config.rezero_padding, config.groups
         self.convs = nn.ModuleList(
             nn.Conv1d(embed_dim, embed_dim, kernel, padding=kernel // 2, groups=config.groups)
             for _ in range(config.depth)
@@ -48,11 +49,10 @@ class ConvPositions(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Returns the positions alone, (R, T, D); the caller adds them. padding_mask (R, T) bool, True = padding."""
-        num_tokens = x.shape[1]
         for i, conv in enumerate(self.convs):
             if padding_mask is not None and (i == 0 or self.rezero_padding):
                 x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
             # An even kernel gives one token too many: the last one goes, as in the official code.
-            y = conv(x.transpose(1, 2))[..., :num_tokens].transpose(1, 2)
+            y = grouped_conv1d_same(x, conv.get_parameter("weight"), conv.get_parameter("bias"), self.groups)
             x = F.gelu(F.layer_norm(y, y.shape[-1:]))
         return x

@@ -193,8 +193,8 @@ class Trainer:
                 idle = 0 if usable else idle + 1
                 if idle > loader.steps_per_epoch:
                     raise UserError(
-                        f"Nothing to learn from: {idle} steps in a row, a whole epoch, have no token to predict. Either "
-                        "no sample can be read, or the options of the masks hide nothing."
+                        f"Nothing to learn from: {idle} steps in a row, a whole epoch, have no token to predict. "
+                        "Either no sample can be read, or the options of the masks hide nothing."
                     )
                 if not usable:
                     continue

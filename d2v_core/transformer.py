@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig
 from d2v_core.contract import AttentionBias
+from d2v_core.kernels import Linear, linear
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -38,18 +39,18 @@ class Attention(nn.Module):
             raise ValueError(f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
         self.dropout = dropout
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=bias == "qkv")
+        self.qkv = Linear(embed_dim, 3 * embed_dim, bias=bias == "qkv")
         if bias == "qv":
             self.q_bias = nn.Parameter(torch.zeros(embed_dim))
             self.v_bias = nn.Parameter(torch.zeros(embed_dim))
-        self.out = nn.Linear(embed_dim, embed_dim)
+        self.out = Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         """x (R, T, D); attn_mask broadcastable to (R, H, T, T), bool (True = attend) or added to the logits."""
         bias = self.qkv.bias
         if bias is None:  # pyright: ignore[reportUnnecessaryComparison]
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = linear(x, self.qkv.weight, bias)
         q, k, v = rearrange(qkv, "r t (three h d) -> three r h t d", three=3, h=self.num_heads).unbind(0)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
@@ -71,8 +72,8 @@ class Block(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.attention = Attention(dim, config.num_heads, config.attention_dropout, config.attention_bias)
         self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
         self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
         if config.layer_scale is not None:
             self.gamma1 = nn.Parameter(torch.full((dim,), config.layer_scale))

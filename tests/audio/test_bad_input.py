@@ -165,8 +165,14 @@ def test_a_word_that_cannot_be(d2v: Run, tmp_path: Path, word: str, fragments: l
         ("positions.depth=0", "positions.depth=0 must be at least 1"),
         ("features.stride=0", "features.stride=0 must be at least 1"),
         ("features.hop_s=1", "features.hop_s=1.0 must lie between one sample and features.window_s=0.025"),
-        ("encoder=waveform features.strides=[0,2,2,2,2,2,2]", "features.strides=[0, 2, 2, 2, 2, 2, 2] must be at least"),
-        ("encoder=waveform features.kernels=[3]", "features.kernels=[3] and features.strides=[5, 2, 2, 2, 2, 2, 2] must"),
+        (
+            "encoder=waveform features.strides=[0,2,2,2,2,2,2]",
+            "features.strides=[0, 2, 2, 2, 2, 2, 2] must be at least",
+        ),
+        (
+            "encoder=waveform features.kernels=[3]",
+            "features.kernels=[3] and features.strides=[5, 2, 2, 2, 2, 2, 2] must",
+        ),
     ],
 )
 def test_a_value_out_of_range(d2v: Run, tmp_path: Path, words: str, message: str) -> None:

@@ -175,5 +175,5 @@ def test_errors(make):
     with pytest.raises(UserError, match="The data set is empty"):
         StepLoader(empty, empty.dataset("train"), seed=0)
     none = make("data.micro_batch=0")
-    with pytest.raises(UserError, match="The batch must hold something.*micro_batch=0"):
+    with pytest.raises(UserError, match=r"The batch must hold something.*micro_batch=0"):
         StepLoader(none, none.dataset("train"), seed=0)

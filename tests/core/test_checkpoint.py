@@ -15,8 +15,8 @@ from d2v_core.errors import UserError
 
 
 def content(value: float = 1.0) -> Checkpoint:
-    state = {"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.98)}]},
-             "progress": {"step": 3, "skipped": {"a": "broken"}}}  # fmt: skip
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.98)}]}
+    state = {"optimizer": optimizer, "progress": {"step": 3, "skipped": {"a": "broken"}}}
     return Checkpoint({"w": torch.full((2, 3), value)}, {"w": torch.full((2,), value), "index": torch.arange(4)}, state)
 
 
@@ -138,7 +138,9 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path: Path, file: s
         path.unlink()
     else:
         path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "garbage": b"garbage" * 100}[damage])
-    with pytest.raises(UserError, match="The checkpoint .*step-00000004 cannot be read: .* Delete it to use") as caught:
+    with pytest.raises(
+        UserError, match=r"The checkpoint .*step-00000004 cannot be read: .* Delete it to use"
+    ) as caught:
         checkpoint.load(path.parent)
     assert file in str(caught.value) and "weights_only" not in str(caught.value)
 

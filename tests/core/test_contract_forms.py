@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from d2v_core import Data2Vec, FeatureEncoder, LinearPredictor, Masks, Predictor, RegressionLoss, Tokens, TopKTargets
 from d2v_core.config import LossConfig, ModelConfig, TargetConfig
 from d2v_core.transformer import Transformer
-from torch import nn
 
 B, M, T, D, LAYERS = 2, 3, 8, 16, 2
 
@@ -82,7 +83,7 @@ def test_extra_token_in_front_and_a_bias_per_block():
     assert out.prediction.shape == out.target.shape == (B * 4, D)
     assert seen == [(B, T + 1, D)] * 2
     # Row k of the target belongs to the k-th hidden place, not to its neighbour on the side of CLS.
-    view, encoded = net.teacher.module(net.student.encoder.embed({"ids": ids()}), None, taps=True)
+    _, encoded = net.teacher.module(net.student.encoder.embed({"ids": ids()}), None, taps=True)
     by_hand = sum(nn.functional.layer_norm(f[:, 1:], (D,)) for f in encoded.ffn) / LAYERS
     torch.testing.assert_close(out.target, by_hand[torch.as_tensor(hidden()[:, 0])])
     out.loss_sum.backward()
@@ -157,7 +158,9 @@ class Decoder(Predictor):
         self.conv = nn.Conv1d(D, D, 3, padding=1)
 
     def forward(self, tokens, masks):
-        full = torch.full((len(tokens.x), T, D), 0.01).scatter(1, tokens.index.unsqueeze(-1).expand_as(tokens.x), tokens.x)
+        full = torch.full((len(tokens.x), T, D), 0.01).scatter(
+            1, tokens.index.unsqueeze(-1).expand_as(tokens.x), tokens.x
+        )
         return self.conv(full.transpose(1, 2)).transpose(1, 2).flatten(0, 1)[masks.scored_rows]
 
 
@@ -179,7 +182,9 @@ def test_visible_tokens_only_with_several_copies_and_one_teacher_pass():
                 torch.testing.assert_close(out.target[at], whole[b, t])
                 at += 1
     out.loss_sum.backward()
-    assert all(p.grad is not None for n, p in net.student.named_parameters() if "mask_vector" not in n and "places" not in n)
+    assert all(
+        p.grad is not None for n, p in net.student.named_parameters() if "mask_vector" not in n and "places" not in n
+    )
 
 
 def test_masks_of_other_shapes_are_refused():

@@ -90,7 +90,7 @@ def test_targets_and_predictions_at_scored_places_in_order(make, copies: int, ex
         sample = {"x": inputs["x"][b : b + 1, :size]}
         for m in range(copies):
             teacher = model.teacher.module
-            view, encoded = teacher(teacher.encoder.embed(sample), None, taps=True)
+            _, encoded = teacher(teacher.encoder.embed(sample), None, taps=True)
             layers = [f[:, extra:] for f in encoded.ffn]
             target = model.targets.build(layers, None)[0]
             mask = Masks.of(masks.hidden[b : b + 1, m : m + 1, :size])
@@ -261,9 +261,7 @@ def test_first_weights_depend_on_the_seed_alone(make):
 
 def test_teacher_starts_as_the_student(make):
     model = build_model(make("encoder=own")).eval()
-    for (name, a), b in zip(
-        model.student.named_parameters(), model.teacher.module.parameters(), strict=True
-    ):
+    for (name, a), b in zip(model.student.named_parameters(), model.teacher.module.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 

@@ -52,7 +52,7 @@ def test_nothing_scored_is_zero():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="loss.beta=-1"):
+    with pytest.raises(ValueError, match=r"loss.beta=-1"):
         RegressionLoss(LossConfig(beta=-1))
     with pytest.raises(ValueError, match=r"prediction has shape \(2, 3\), target has \(1, 3\)"):
         RegressionLoss(LossConfig())(torch.zeros(2, 3), torch.zeros(1, 3))

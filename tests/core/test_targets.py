@@ -155,8 +155,8 @@ def test_result_is_float32_without_gradient_also_under_autocast():
 
 
 def test_errors_name_both_numbers():
-    with pytest.raises(ValueError, match="target.top_k_layers=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"target.top_k_layers=0 must be at least 1"):
         TopKTargets(TargetConfig(top_k_layers=0))
     taps = layers(2)
-    with pytest.raises(ValueError, match="target.top_k_layers=3, but the teacher gave 2 layers"):
+    with pytest.raises(ValueError, match=r"target.top_k_layers=3, but the teacher gave 2 layers"):
         TopKTargets(TargetConfig(top_k_layers=3))(TransformerOutput(taps[0], taps, taps), None)

@@ -65,18 +65,33 @@ def main(argv: Sequence[str]) -> int:
     words = list(argv)
     if not words or {"-h", "--help"} & set(words):
         defaults = CTCProbeConfig.__dataclass_fields__.values()
-        print(HELP + "".join(f"  {f.name}: {f.metadata['doc']}\n" for f in defaults), end="")
+        for f in defaults:
+            value = "" if f.default in (None, "") else f"={f.default}"
+            print(f"{HELP if f.name == 'path' else ''}  {f.name}{value}: {f.metadata['doc']}")
         return 0
+    if "=" in words[0] and not Path(words[0]).is_dir():
+        raise UserError(f"ctc-probe needs the run folder first: d2v ctc-probe RUN {' '.join(words)}")
     run, config = Path(words[0]), options(CTCProbeConfig, words[1:], "ctc-probe")
     if not config.path:
         raise UserError("ctc-probe needs path=TABLE.tsv (or a folder) with transcripts.")
+    if config.steps < 1 or config.batch < 1 or not config.lr > 0 or not (config.minutes is None or config.minutes > 0):
+        raise UserError(
+            f"ctc-probe: steps={config.steps} and batch={config.batch} must be at least 1, lr={config.lr} and "
+            f"minutes={config.minutes} above 0."
+        )
+    out = Path(config.out) if config.out else run / "ctc_probe.json"
+    if run.is_dir() and not out.parent.is_dir():  # asked for now, not after the work
+        raise UserError(f"ctc-probe: out={out} cannot be written, {out.parent} is no folder. Make it first.")
     results = ctc_probe(run, config)
     from rich.console import Console
     from rich.table import Table
 
     from d2v_core.metrics import write_json
 
-    write_json(Path(config.out) if config.out else run / "ctc_probe.json", results)
+    try:
+        write_json(out, results)
+    except OSError as error:
+        raise UserError(f"ctc-probe: out={out} cannot be written: {error.strerror}.") from error
     table = Table(title="Letter error rate of a linear CTC layer on frozen features, %", title_justify="left")
     for heading in ("features", "dev", "test", "layer"):
         table.add_column(heading, justify="left" if heading == "features" else "right")
@@ -143,16 +158,23 @@ def ctc_probe(run: Path, config: CTCProbeConfig) -> dict[str, Any]:
 
 def _read(modality: Any, config: CTCProbeConfig, split: str) -> Part:
     from d2v_audio.data import AudioSample, normalise
-    from d2v_audio.files import read, scan
+    from d2v_audio.files import BadClip, read, scan
 
     rate = modality.data.sample_rate
-    report = scan(config.path, sample_rate=rate, min_s=modality.min_samples / rate, split=split, decode_hours=0.0)
+    try:
+        report = scan(config.path, sample_rate=rate, min_s=modality.min_samples / rate, split=split, decode_hours=0.0)
+    except UserError as error:
+        raise UserError(str(error).replace("data.path=", "path=")) from None
     usable = [clip for clip in report.clips if clip.transcript]
     if not usable:
         raise UserError(
-            f"path={config.path}: split {split!r} has {len(report.clips)} clips but no transcript among them."
+            f"path={config.path}: split {split!r} has {len(report.clips)} clips but no transcript among them. Give a "
+            "table with a column 'transcript', or *.trans.txt files as in LibriSpeech."
         )
-    return [(modality.collate([AudioSample(normalise(read(clip, rate)))]), str(clip.transcript)) for clip in usable]
+    try:
+        return [(modality.collate([AudioSample(normalise(read(clip, rate)))]), str(clip.transcript)) for clip in usable]
+    except BadClip as error:
+        raise UserError(f"path={config.path}: {error}. Mend the file or leave it out.") from error
 
 
 def _subset(part: Part, minutes: float, sample_rate: int, seed: int) -> Part:
@@ -175,6 +197,11 @@ def _utterance(encode: Encode, inputs: Mapping[str, Tensor], text: str, alphabet
 def _train(utterances: Sequence[Utterance], num_classes: int, config: CTCProbeConfig) -> list[nn.Linear]:
     """One linear CTC layer per layer of the network, all in one loop; each folds the standardisation of its input."""
     fits = [u for u in utterances if len(u.letters) <= len(u.layers[0])]
+    if not fits:
+        raise UserError(
+            f"ctc-probe: each of the {len(utterances)} training utterances has more letters than tokens. Use a run "
+            "with more tokens per second (features.stride), or check the transcripts."
+        )
     torch.manual_seed(seed_of(config.seed, "ctc-probe"))
     heads, statistics = [], []
     for layer in range(len(fits[0].layers)):

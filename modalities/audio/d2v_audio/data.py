@@ -50,7 +50,9 @@ class AudioConfig:
             if not 0 < getattr(self, key) < float("inf"):
                 raise ValueError(f"data.{key}={getattr(self, key)} must be above 0")
         if not MIN_SAMPLE_RATE <= self.sample_rate <= MAX_RATE:  # the probe's synthetic speech needs the lower bound
-            raise ValueError(f"data.sample_rate={self.sample_rate} must lie between {MIN_SAMPLE_RATE} and {MAX_RATE} Hz")
+            raise ValueError(
+                f"data.sample_rate={self.sample_rate} must lie between {MIN_SAMPLE_RATE} and {MAX_RATE} Hz"
+            )
         if not 0 <= self.min_s < self.max_s:
             raise ValueError(f"data.min_s={self.min_s} must lie between 0 and data.max_s={self.max_s}")
         if self.micro_batch_s is not None and not 0 < self.micro_batch_s <= self.batch_s:

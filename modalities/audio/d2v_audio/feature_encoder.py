@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig, opt
 from d2v_core.contract import FeatureEncoder, Masks, Tokens
+from d2v_core.kernels import Linear, conv1d_time_major
 from d2v_core.positions import ConvPositions, ConvPositionsConfig
 
 
@@ -49,7 +50,7 @@ class WaveformEmbedding(nn.Module):
         super().__init__()
         check_waveform(config)
         self.geometry = WaveformGeometry(config, sample_rate)
-        self.grad_mult, self.layer_norms = config.grad_mult, config.norm == "layer"
+        self.grad_mult, self.layer_norms, self.bias = config.grad_mult, config.norm == "layer", config.bias
         channels = config.channels
         self.convs = nn.ModuleList(
             nn.Conv1d(1 if i == 0 else channels, channels, kernel, stride, bias=config.bias)
@@ -62,19 +63,20 @@ class WaveformEmbedding(nn.Module):
             nn.LayerNorm(channels) if self.layer_norms else nn.GroupNorm(channels, channels) for _ in range(count)
         )
         self.norm = nn.LayerNorm(channels)
-        self.project = nn.Linear(channels, embed_dim)
+        self.project = Linear(channels, embed_dim)
 
     def convolve(self, waveform: Tensor) -> Tensor:
         """(B, S) -> (B, T, C)."""
-        x = waveform.unsqueeze(1)
-        for i, conv in enumerate(self.convs):
-            x = conv(x)
+        x = waveform.unsqueeze(2)
+        for i, (conv, stride) in enumerate(zip(self.convs, self.geometry.strides, strict=True)):
+            bias = conv.get_parameter("bias") if self.bias else None
+            x = conv1d_time_major(x, conv.get_parameter("weight"), bias, stride)
             if self.layer_norms:
-                x = self.norms[i](x.transpose(1, 2)).transpose(1, 2)
+                x = self.norms[i](x)
             elif i == 0:
-                x = self.norms[0](x)
+                x = self.norms[0](x.transpose(1, 2)).transpose(1, 2)
             x = F.gelu(x)
-        return x.transpose(1, 2)
+        return x
 
     def forward(self, waveform: Tensor, num_samples: Tensor | None) -> Tokens:
         if self.grad_mult == 0:
@@ -106,7 +108,7 @@ class LogMelEmbedding(nn.Module):
         self.register_buffer("window", torch.hann_window(size), persistent=False)
         self.conv = nn.Conv1d(config.num_mels, embed_dim, self.geometry.kernel, config.stride, padding=1)
         self.norm = nn.LayerNorm(embed_dim)
-        self.project = nn.Linear(embed_dim, embed_dim)
+        self.project = Linear(embed_dim, embed_dim)
 
     @torch.no_grad()
     def bands(self, waveform: Tensor, num_samples: Tensor | None) -> Tensor:

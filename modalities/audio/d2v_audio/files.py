@@ -121,18 +121,19 @@ def scan(
     if sum(clip.num_samples for clip in long) <= decode_hours * 3600 * sample_rate:
         with ThreadPoolExecutor(num_threads) as pool:
             problems = list(pool.map(lambda clip: _problem(clip, sample_rate), long))
-        again = [problem and _problem(clip, sample_rate) for clip, problem in zip(long, problems, strict=True)]
-        bad += [(clip.id, problem) for clip, problem in zip(long, again, strict=True) if problem]
-        clips = [clip for clip in clips if clip.id not in dict(bad)]
-        long = tuple(clip for clip, problem in zip(long, again, strict=True) if not problem)
+        suspects = [clip for clip, problem in zip(long, problems, strict=True) if problem]
+        damaged = {clip.id: problem for clip in suspects if (problem := _problem(clip, sample_rate))}
+        bad = sorted([*bad, *damaged.items()])
+        clips = [clip for clip in clips if clip.id not in damaged]
+        long = tuple(clip for clip in long if clip.id not in damaged)
     other = [clip for clip in long if clip.source_rate != sample_rate]
-    report = ScanReport(long, len(clips) - len(long), tuple(sorted(bad)), len(other), sample_rate, min_s)
+    report = ScanReport(long, len(clips) - len(long), tuple(bad), len(other), sample_rate, min_s)
 
     if len(bad) > max_bad_ratio * len(entries):
         share = f"{len(bad)} of {len(entries)} audio files ({len(bad) / len(entries):.1%})"
         raise UserError(
             f"data.path={path}: {share} are unreadable, more than data.max_bad_ratio={max_bad_ratio:g} allows:\n"
-            f"  {_first(sorted(bad), chr(10) + '  ')}\nMend or remove them, or raise data.max_bad_ratio to do without them."
+            f"  {_first(bad, chr(10) + '  ')}\nMend or remove them, or raise data.max_bad_ratio to do without them."
         )
     if not long:
         raise UserError(
