@@ -51,8 +51,10 @@ def _onednn(x: Tensor) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x or a copy of it that is contiguous or the transpose of something contiguous (oneDNN crawls on others)."""
-    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+    """x or a copy of it that is contiguous or the transpose of something contiguous: oneDNN crawls on others."""
+    if x.is_contiguous() or x.t().is_contiguous():
+        return x
+    return x.t().contiguous().t() if x.stride(0) == 1 else x.contiguous()
 
 
 def mm_t(a: Tensor, b: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from d2v_core.checkpoint import list_checkpoints
 from d2v_core.config import load_config
@@ -31,6 +32,8 @@ def test_a_run_leaves_what_it_promises(d2v, tmp_path: Path):
     assert [p.name for p in list_checkpoints(out / "checkpoints")] == ["step-00000020", "step-00000025"]
     lines = lines_of(out)
     assert [line["step"] for line in lines] == [1, 10, 20, 25]
+    names = load_file(list_checkpoints(out / "checkpoints")[-1] / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"student", "predictor"}
     config = load_config(["modality=toy", "train.max_steps=25"])[0]
     for line in lines:
         assert line["lr"] == pytest.approx(lr_at(line["step"] - 1, 25, config.optim))
