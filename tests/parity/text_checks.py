@@ -18,6 +18,7 @@ from d2v_core.config import load_config
 from d2v_core.contract import Batch, Masks
 from d2v_core.data2vec import Data2Vec
 from d2v_core.run import build_model, load_model_state, model_state
+from d2v_core.transformer import TransformerOutput
 from d2v_text import official
 from d2v_text.masking import NOT_SELECTED
 from d2v_text.modality import TextModality
@@ -130,9 +131,9 @@ def check_single_step(fixture: Fixture) -> Comparison:
         ("target_layer.", seen.teacher_ffn),
     ):
         c.tensors(name, {str(i): x for i, x in ours.items()}, ACTIVATION)
-    k = config.target.top_k_layers
-    last = [seen.teacher_ffn[i] for i in sorted(seen.teacher_ffn)[-k:]]
-    c.tensor("target_full", model.targets.build(last, seen.teacher_padding), ACTIVATION)
+    blocks, ffn = ([of[i] for i in sorted(of)] for of in (seen.teacher_blocks, seen.teacher_ffn))
+    full = model.targets(TransformerOutput(blocks[-1], ffn, blocks), seen.teacher_padding)
+    c.tensor("target_full", full, ACTIVATION)
     c.tensor("target", out.target, ACTIVATION)
     c.tensor("pred", out.prediction, ACTIVATION)
     c.tensor("loss.main", out.loss_sum, LOSS)
