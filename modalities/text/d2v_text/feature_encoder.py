@@ -87,8 +87,6 @@ class TextEncoder(FeatureEncoder):
     that the official code feeds its teacher, closes the gaps.
     """
 
-    embedding: TokenEmbedding
-
     def __init__(self, vocabulary: Vocabulary, model: ModelConfig, config: EmbeddingConfig) -> None:
         super().__init__()
         self.max_positions = config.max_positions

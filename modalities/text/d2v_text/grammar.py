@@ -54,7 +54,7 @@ def lexicon() -> _Lexicon:
     """Word forms are made of syllables and are the same in every run."""
     rng = np.random.default_rng(20_22)
     forms: list[str] = []
-    seen = set(FUNCTION_WORDS)
+    seen: set[str] = set(FUNCTION_WORDS)
 
     def new() -> str:
         while True:
