@@ -14,6 +14,7 @@ import torch
 
 import d2v_core
 from d2v_core import checkpoint, cli
+from d2v_core.errors import UserError
 
 SMALL = {"model.embed_dim": "32", "model.num_layers": "2", "model.num_heads": "2", "target.top_k_layers": "2"}
 TINY = {
@@ -100,8 +101,12 @@ def test_a_run_on_files(d2v: Run, books: Path):
     status, said = d2v("out=run", *words)
     assert status == 0 and "2 files, " in said and "tokenised in" in said
     assert all(np.isfinite(line["loss"]) and line["target_std"] > 0.1 for line in metrics("run"))
-    layers = d2v_core.load("run").encode({"ids": torch.tensor([[0, 10, 11, 2]])})
-    assert [layer.shape for layer in layers] == [(4, 32)] * 3
+    loaded = d2v_core.load("run")
+    inputs = loaded.modality.inputs("the house")
+    assert inputs["ids"][0, 0] == 0 and inputs["ids"][0, -1] == 2
+    assert loaded.modality.tokenizer.decode(inputs["ids"][0, 1:-1].tolist()) == "the house"
+    assert [layer.shape for layer in loaded.encode(inputs)] == [(inputs["ids"].shape[1], 32)] * 3
+    assert loaded.modality.inputs("word " * 500)["ids"].shape == (1, 64)
     (books / "c.jsonl").write_text("\n".join(json.dumps({"text": word}) for word in WORDS))
     status, said = d2v("out=more", *words, "train.num_workers=1", "data.break_mode=none")
     assert status == 0 and "3 files, " in said
@@ -118,6 +123,16 @@ def test_another_tokenizer_does_not_pass(d2v: Run, books: Path, tmp_path: Path):
     assert cli.main(["tokenizer", "train", "other.txt", "vocab_size=290", "out=smaller.json"]) == 0
     status, said = d2v("from=run", "out=wrong2", f"data.path={books}", "data.tokenizer=smaller.json")
     assert status == 2 and "do not fit this configuration" in said and "embedding.table.weight" in said
+
+
+def test_a_run_on_the_grammar_is_no_start_for_text(d2v: Run, books: Path):
+    d2v("out=run")
+    with pytest.raises(UserError, match="has no tokenizer"):
+        d2v_core.load("run").modality.inputs("text")
+    assert d2v("from=run", "out=more")[0] == 0
+    status, said = d2v("from=run", "out=next", f"data.path={books}", "data.tokenizer=t.json")
+    assert status == 2 and "from=run was trained on the built-in grammar" in said
+    assert not Path("next").exists()
 
 
 def test_mistakes_leave_no_folder(d2v: Run, tmp_path: Path):

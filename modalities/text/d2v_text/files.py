@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ RECORD_EXTENSIONS = (".jsonl", ".ndjson")
 LONGEST_PIECE = 1 << 20  # bytes of a line taken at once; a longer line of plain text goes on as another
 LONGEST_RECORD = 1 << 27  # bytes of a .jsonl line; a longer one is left out
 BATCH = 1 << 20  # characters tokenised at once
+SILENT_UP_TO = 20_000_000  # bytes; tokenising more is announced
 FORMAT = 1  # of the cache; raise it when its content changes
 
 
@@ -197,6 +200,9 @@ def tokenise(path: str, key: str, tokenizer: BPE, cache: str | None, max_bad_rat
     root = Path(cache).expanduser() if cache else _default_cache()
     folder = root / name
     if not (folder / "info.json").is_file():
+        total = sum(size for _, size, _ in facts)
+        if total > SILENT_UP_TO:
+            print(f"Tokenising {len(files)} files, {total / 1e6:.0f} MB, once ...", file=sys.stderr, flush=True)
         try:
             root.mkdir(parents=True, exist_ok=True)
             _write(folder, files, path, key, tokenizer, max_bad_ratio)
@@ -268,7 +274,7 @@ def blocks(sizes: np.ndarray, block_tokens: int, documents: bool) -> tuple[np.nd
         total = int(sizes.sum(dtype=np.int64))
         starts = np.arange(0, total, room, dtype=np.int64)
         return starts, np.minimum(room, total - starts)
-    starts_, lengths_ = [], []
+    starts_, lengths_ = array("q"), array("q")  # of millions of blocks, so no lists of numbers
     start = length = 0
     for size in map(int, sizes):
         if length and (size == 0 or length + size > room):
@@ -283,7 +289,7 @@ def blocks(sizes: np.ndarray, block_tokens: int, documents: bool) -> tuple[np.nd
     if length:
         starts_.append(start)
         lengths_.append(length)
-    return np.array(starts_, dtype=np.int64), np.array(lengths_, dtype=np.int64)
+    return np.array(starts_), np.array(lengths_)
 
 
 def block_ids(flat: np.ndarray, start: int, length: int) -> np.ndarray:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
-from d2v_core.config import RunConfig
+from d2v_core.config import RunConfig, read_yaml
 from d2v_core.contract import Batch, Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask
 from d2v_core.errors import UserError
 from d2v_text import grammar
@@ -16,7 +17,7 @@ from d2v_text.data import Sample, TextConfig, collate, from_files, from_grammar,
 from d2v_text.feature_encoder import EmbeddingConfig, HeadConfig, RegressionHead, TextEncoder
 from d2v_text.files import tokenise
 from d2v_text.masking import NOT_SELECTED, TokenMasking, TokenMaskingConfig
-from d2v_text.tokenizer import BPE, PAD, Vocabulary, load_tokenizer
+from d2v_text.tokenizer import BOS, BPE, EOS, PAD, Vocabulary, load_tokenizer
 
 
 class TextModality(Modality[Sample]):
@@ -44,6 +45,7 @@ class TextModality(Modality[Sample]):
             if config.model.norm != "post":
                 raise ValueError(f"model.norm={config.model.norm}: text has a norm before the first block, so post")
             self.vocabulary = self._vocabulary()
+            self._check_source()
             TokenMasking(self.mask, self.vocabulary)
         except ValueError as error:
             raise UserError(f"This configuration cannot work: {error}") from error
@@ -71,6 +73,20 @@ class TextModality(Modality[Sample]):
             )
         return found
 
+    def _check_source(self) -> None:
+        """That `from` is no run on the built-in grammar where this one reads text. The rest is seen by the weights."""
+        stored = Path(self.config.from_run or "") / "config.yaml"
+        if self.config.from_run is None or self.data.tokenizer is None or not stored.is_file():
+            return
+        before = read_yaml(stored)
+        if (before.get("data") or {}).get("tokenizer") is None and not (before.get("embedding") or {}).get(
+            "vocab_size"
+        ):
+            raise UserError(
+                f"from={self.config.from_run} was trained on the built-in grammar, whose words are not those of "
+                f"data.tokenizer={self.data.tokenizer}: its weights cannot be used on text. Leave `from` out."
+            )
+
     @cached_property
     def tokenizer(self) -> BPE:
         """Raises UserError where the file does not fit."""
@@ -80,6 +96,16 @@ class TextModality(Modality[Sample]):
     def __getstate__(self) -> dict[str, object]:
         """Loader workers need no tokenizer."""
         return {key: value for key, value in self.__dict__.items() if key != "tokenizer"}
+
+    def inputs(self, text: str) -> Mapping[str, Tensor]:
+        """What `LoadedRun.encode` takes, for one text: `<s>`, its tokens, `</s>`; what is too long is cut off.
+
+        Raises UserError where there is no tokenizer: the built-in grammar has ids alone (`grammar.labelled`).
+        """
+        if self.data.tokenizer is None:
+            raise UserError("This run has no tokenizer: it was trained on the built-in grammar. Give it ids.")
+        (ids,) = self.tokenizer.encode([text])
+        return collate([np.array([BOS, *ids[: self.embedding.max_positions - 2], EOS])])
 
     @classmethod
     def sections(cls, encoder: str) -> Mapping[str, type]:
