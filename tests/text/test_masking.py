@@ -135,7 +135,7 @@ def test_official_scoring_counts_what_reads_mask():
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3, 5, 17])
-@pytest.mark.parametrize("options", [{}, SPANS, {"mask_prob": 0.95}, {"mask_prob": 0.01}])
+@pytest.mark.parametrize("options", [{}, SPANS, {"mask_prob": 0.95}, {"mask_prob": 0.01}, {"score": "masked"}])
 def test_short_samples_and_padding(num_tokens: int, options):
     policy = TokenMasking(TokenMaskingConfig(**options), Vocabulary(SIZE))
     for i in range(30):

@@ -97,6 +97,7 @@ def test_every_option_arrives(cfg: dict[str, Any]):
         ("transformer.layernorm_embedding", False, "layernorm_embedding=False"),
         ("loss_scale", None, "loss_scale=None is NoneType"),
         ("head_layers", "2", "head_layers='2' is str"),
+        ("deepnorm", True, "unknown: deepnorm"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused_by_key(cfg: dict[str, Any], key: str, value: Any, words: str):

@@ -99,6 +99,8 @@ class TokenMasking:
             fill[left] = LEFT_ALONE
             randomised = kept_from_mask & ~left
             fill[randomised] = rng.integers(NUM_SPECIAL, mask + 1, randomised.sum())
+            if config.score == "masked" and not (fill == mask).any():  # a short sample would count for nothing
+                fill[np.flatnonzero(selected)[0]] = mask
         return fill
 
     def _scored(self, fill: np.ndarray) -> np.ndarray:

@@ -145,6 +145,8 @@ _FIXED: Mapping[str, Any] = {
     "transformer.relu_dropout": 0.0,
 }
 _NUMBER = (int, float)
+# Options of fairseq's class that are about neither the network nor its training.
+_INERT = frozenset(("_name", "max_positions", "load_checkpoint_heads"))
 
 
 def config_from_official(cfg: Mapping[str, Any], *, vocab_size: int, exact: bool = True) -> list[str]:
@@ -156,16 +158,19 @@ def config_from_official(cfg: Mapping[str, Any], *, vocab_size: int, exact: bool
         vocab_size: rows of the token table, which the model configuration does not say.
         exact: let padding into the statistics of target norms, as fairseq does.
     Raises:
-        UserError: a key is missing, or has a value that d2v cannot reproduce. The message has them all. Keys about the
-            decoder, which this model does not have, are not looked at.
+        UserError: a key is missing or unknown, or has a value that d2v cannot reproduce. The message has them all. Of
+            the section `transformer`, which also serves a decoder that this model does not have, what is not known is
+            passed over.
     """
     problems: list[str] = []
     flat = _flatten(cfg)
+    taken: set[str] = set()
     for key, possible in _FIXED.items():
         if flat.get(key, possible) != possible:
             problems.append(f"{key}={flat[key]!r}: d2v has only {possible!r}")
 
     def take(key: str, kind: type | tuple[type, ...], *default: Any) -> Any:
+        taken.add(key)
         if key not in flat and not default:
             problems.append(f"{key} is missing")
             return None
@@ -206,6 +211,9 @@ def config_from_official(cfg: Mapping[str, Any], *, vocab_size: int, exact: bool
         "teacher.ema_end_decay": take("ema_end_decay", _NUMBER),
         "teacher.ema_anneal_steps": take("ema_anneal_end_step", int),
     }
+    unknown = sorted(key for key in flat.keys() - taken - _INERT if not key.startswith("transformer."))
+    if unknown:
+        problems.append(f"unknown: {', '.join(unknown)}")
     if int(dim * (hidden / dim)) != hidden:
         problems.append(f"transformer.encoder.ffn_embed_dim={hidden} over embed_dim={dim} is no ratio d2v can state")
     if problems:
