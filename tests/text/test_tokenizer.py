@@ -114,6 +114,7 @@ def test_the_verb(d2v, tmp_path: Path):
         (("tokenizer", "train", "a.txt", "vocab_siz=300"), "vocab_size"),
         (("tokenizer", "train", "a.txt", "vocab_size=300", "out=no/t.json"), "is no folder"),
         (("tokenizer", "train", "latin.txt", "vocab_size=300"), "no UTF-8"),
+        (("tokenizer", "train", "latin.txt", "vocab_size=300"), "or raise max_bad_ratio to"),
     ],
 )
 def test_mistakes_with_the_verb(d2v, tmp_path: Path, words, said):

@@ -61,9 +61,13 @@ def find_files(given: str | Path, key: str = "data.path") -> list[Path]:
 
 @dataclass
 class Reader:
-    """Lines of text from files; an empty one ends a document. Counts what it leaves out and names the first few."""
+    """Lines of text from files; an empty one ends a document. Counts what it leaves out and names the first few.
+
+    section: what stands before the names of options in messages.
+    """
 
     key: str
+    section: str = "data."
     num_lines: int = 0
     num_bad: int = 0
     bad: list[str] = field(default_factory=list)
@@ -110,7 +114,7 @@ class Reader:
             elif self.key not in record:
                 near = difflib.get_close_matches(self.key, list(record), 1)
                 there = ", ".join(map(repr, list(record)[:6])) or "none"
-                hint = f", did you mean data.key={near[0]}?" if near else ""
+                hint = f", did you mean {self.section}key={near[0]}?" if near else ""
                 self._leave_out(path, number, f"no key {self.key!r} (keys: {there}{hint})")
             elif not isinstance(record[self.key], str):
                 self._leave_out(path, number, f"{self.key!r} is {type(record[self.key]).__name__}, not text")
@@ -126,10 +130,11 @@ class Reader:
     def check(self, max_bad_ratio: float, given: str) -> None:
         """Raises UserError where too much was left out."""
         if self.num_bad > max_bad_ratio * self.num_lines:
+            option = f"{self.section}max_bad_ratio"
             raise UserError(
-                f"{given}: {self.num_bad} of {self.num_lines} lines cannot be read, more than "
-                f"data.max_bad_ratio={max_bad_ratio:g} allows:\n  " + "\n  ".join(self.bad) + "\nMend them (other "
-                "encodings: iconv -f LATIN1 -t UTF-8), or raise data.max_bad_ratio to do without them."
+                f"{given}: {self.num_bad} of {self.num_lines} lines cannot be read, more than {option}="
+                f"{max_bad_ratio:g} allows:\n  " + "\n  ".join(self.bad) + "\nMend them (other encodings: iconv -f "
+                f"LATIN1 -t UTF-8), or raise {option} to do without them."
             )
 
     def summary(self) -> str:

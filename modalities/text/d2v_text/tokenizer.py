@@ -125,6 +125,7 @@ class TokenizerConfig:
     vocab_size: int = opt(50265, "Symbols, special ones included; 50265 is the official number.")
     out: str = opt("tokenizer.json", "The file to write; it must not exist yet.")
     key: str = opt("text", "Key of the text in the records of .jsonl files.")
+    max_bad_ratio: float = opt(0.01, "Larger share of unreadable lines or records is an error.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -146,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"tokenizer train: out={out} exists, and nothing is overwritten. Give another name.")
     if not out.parent.is_dir():
         raise UserError(f"tokenizer train: out={out} cannot be written, {out.parent} is no folder. Make it first.")
-    tokenizer = train_tokenizer(_texts(files, config.key), config.vocab_size)
+    tokenizer = train_tokenizer(_texts(files, config), config.vocab_size)
     try:
         tokenizer.save(str(out))
     except Exception as error:
@@ -157,13 +158,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _texts(files: Sequence[str], key: str) -> Iterator[str]:
+def _texts(files: Sequence[str], config: TokenizerConfig) -> Iterator[str]:
     from d2v_text.files import Reader, find_files
 
-    reader = Reader(key)
+    reader = Reader(config.key, section="")
     for name in files:
         for path in find_files(name, "FILES"):
             yield from (line for line in reader.lines(path) if line)
-    reader.check(0.01, "FILES")
+    reader.check(config.max_bad_ratio, "FILES")
     if reader.summary():
         print(reader.summary())
