@@ -146,6 +146,13 @@ def test_short_samples_and_padding(num_tokens: int, options):
         assert not masks.scored[0, :, :num_tokens].all(-1).any()
 
 
+def test_places_that_may_not_be_hidden():
+    maskable = np.arange(40) % 2 == 0
+    policy = TokenMasking(TokenMaskingConfig(mask_prob=0.5, mask_length=3), Vocabulary(SIZE))
+    masks = policy([Layout((40,), maskable)] * 20, 1, [generator(0, "mask", i) for i in range(20)])
+    assert masks.scored.any(-1).all() and not masks.scored[..., ~maskable].any()
+
+
 def test_the_same_generators_give_the_same_masks():
     assert (draw(5).fill == draw(5).fill).all()
 

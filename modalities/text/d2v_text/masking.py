@@ -84,13 +84,15 @@ class TokenMasking:
         fill = np.full((len(layouts), num_copies, longest), NOT_SELECTED, dtype=np.int64)
         for rows, layout, rng in zip(fill, layouts, rngs, strict=True):
             for row in rows:
-                row[: layout.num_tokens] = self.draw(layout.num_tokens, rng)
+                row[: layout.num_tokens] = self.draw(layout, rng)
         return Masks.of(fill >= 0, self._scored(fill), fill)
 
-    def draw(self, num_tokens: int, rng: np.random.Generator) -> np.ndarray:
-        """(num_tokens,) int64: the id that replaces each token, or one of the codes below 0."""
-        config, mask = self.config, self.vocabulary.mask
+    def draw(self, layout: Layout, rng: np.random.Generator) -> np.ndarray:
+        """(T,) int64: the id that replaces each token, or one of the codes below 0."""
+        config, mask, num_tokens = self.config, self.vocabulary.mask, layout.num_tokens
         selected = select(num_tokens, config.mask_prob, config.mask_length, rng)
+        if layout.maskable is not None:
+            selected &= layout.maskable
         fill = np.where(selected, mask, NOT_SELECTED)
         either = config.random_prob + config.unmasked_prob
         if either > 0:
@@ -99,7 +101,9 @@ class TokenMasking:
             fill[left] = LEFT_ALONE
             randomised = kept_from_mask & ~left
             fill[randomised] = rng.integers(NUM_SPECIAL, mask + 1, randomised.sum())
-            if config.score == "masked" and not (fill == mask).any():  # a short sample would count for nothing
+            if (
+                config.score == "masked" and selected.any() and not (fill == mask).any()
+            ):  # a short sample would count for nothing
                 fill[np.flatnonzero(selected)[0]] = mask
         return fill
 
