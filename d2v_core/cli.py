@@ -58,7 +58,9 @@ def _dispatch(words: list[str]) -> int:
     if verb == "config":
         from d2v_core.config import load_config
 
-        print(load_config(rest)[0].to_yaml(comments=True), end="")
+        config, kind = load_config(rest)
+        kind(config)  # what the modality refuses is refused here too
+        print(config.to_yaml(comments=True), end="")
         return 0
     if verb == "run":
         return _run(rest)

@@ -51,8 +51,10 @@ def _onednn(x: Tensor) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x or a copy of it that is contiguous or the transpose of something contiguous (oneDNN crawls on others)."""
-    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+    """x or a copy of it that is contiguous or the transpose of something contiguous: oneDNN crawls on others."""
+    if x.is_contiguous() or x.t().is_contiguous():
+        return x
+    return x.t().contiguous().t() if x.stride(0) == 1 else x.contiguous()
 
 
 def mm_t(a: Tensor, b: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
@@ -189,7 +191,7 @@ def conv1d_time_major(x: Tensor, weight: Tensor, bias: Tensor | None = None, str
     """F.conv1d of (B, T, C) with (O, C, K), to (B, T', O): no padding, no groups."""
     if _is_plain():
         return F.conv1d(x.transpose(1, 2), weight, bias, stride).transpose(1, 2)
-    if x.shape[2] * weight.shape[2] <= 64:  # the waveform: no product worth its name; the strides say channels-last
+    if x.shape[2] * weight.shape[2] <= 64:  # a raw signal: no product worth its name; the strides say channels-last
         y = F.conv2d(x.unsqueeze(1).permute(0, 3, 1, 2), weight.unsqueeze(2), bias, (1, stride))
         return y.permute(0, 2, 3, 1).squeeze(1)
     x_, weight_, bias_ = _autocast(x, weight, bias)

@@ -78,6 +78,10 @@ class SpanMasking:
             for layout, rng in zip(layouts, rngs, strict=True)
             for _ in range(num_copies)
         ]
+        for i, layout in enumerate(layouts):
+            if layout.maskable is not None:
+                for mask in masks[i * num_copies : (i + 1) * num_copies]:
+                    mask &= layout.maskable
         if config.same_count:
             least = min(int(mask.sum()) for mask in masks)
             masks = [trim_mask(mask, least, rngs[i // num_copies]) for i, mask in enumerate(masks)]

@@ -62,6 +62,7 @@ class Updater:
         self.dtype = AUTOCAST[config.train.precision]
         self.scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.forward: Callable[..., Any] = model
+        self.num_bad = torch.zeros((), device=device)
 
     def update(self, step: int, batches: Sequence[Batch], teacher_inputs: Callable[[Batch], Any]) -> StepResult:
         """The update that follows `step` completed ones; the teacher has made its own step when this returns.
@@ -98,6 +99,10 @@ class Updater:
         self.scaler.update()
         self.model.update_teacher(decay_at(step + 1, config.train.max_steps, config.teacher))
         target_std, pred_std = torch.stack(stds).mean(0).unbind()
+        finite = loss_sum.isfinite()
+        if not self.scaler.is_enabled():  # a scaler meets infinite gradients as a matter of course
+            finite = finite & grad_norm.isfinite()
+        self.num_bad += ~finite
         return StepResult(loss_sum / total, target_std, pred_std, grad_norm, hidden)
 
 
@@ -248,13 +253,16 @@ class Trainer:
 
     def _guard(self, metrics: Mapping[str, float]) -> None:
         guard, step = self.config.guard, int(metrics["step"])
-        if not all(math.isfinite(metrics[key]) for key in ("loss", "grad_norm")):
-            if self.updater.scaler.is_enabled() and math.isfinite(metrics["loss"]):
-                return  # an overflow that the loss scaler handles
+        if self.updater.num_bad > 0:
             raise UserError(
-                f"At step {step} the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}. Lower "
-                "optim.lr, set optim.clip_grad_norm=1, or use train.precision=fp32 if it is not. Older checkpoints in "
-                f"{self.out / 'checkpoints'} are intact."
+                f"At step {step} the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}"
+                + (
+                    ""
+                    if math.isnan(metrics["loss"] + metrics["grad_norm"])
+                    else ", and a step shortly before was not finite"
+                )
+                + ". Lower optim.lr, set optim.clip_grad_norm=1, or use train.precision=fp32 if it is not. "
+                f"Older checkpoints in {self.out / 'checkpoints'} are intact."
             )
         if step <= guard.after_steps:
             return
@@ -278,6 +286,12 @@ class Trainer:
         self._say(escape(f"Weights from {folder}; teacher made anew from them."))
 
     def _save(self) -> None:
+        if self.updater.num_bad > 0:
+            raise UserError(
+                f"By step {self.progress.step} a loss or gradient was not finite, so no checkpoint is written. Lower "
+                "optim.lr, set optim.clip_grad_norm=1, or use train.precision=fp32 if it is not. Older checkpoints in "
+                f"{self.out / 'checkpoints'} are intact."
+            )
         state = {
             "optimizer": self.updater.optimizer.state_dict(),
             "scaler": self.updater.scaler.state_dict(),

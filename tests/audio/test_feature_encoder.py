@@ -143,37 +143,57 @@ def test_without_rezero_padding_shows_near_the_end_as_in_the_official_code(kind:
     torch.testing.assert_close(plain, alone, atol=1e-5, rtol=1e-4)
 
 
-def tone_at(time: float, seconds: float = 2.0) -> Tensor:
-    """Quiet noise with 4 ms of a 1 kHz tone centred at `time`."""
-    t = torch.arange(int(seconds * RATE)) / RATE
-    return 1e-3 * torch.randn(len(t)) + torch.sin(2 * math.pi * 1000 * t) * ((t - time).abs() < 0.002)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_token_reacts_most_to_the_sound_at_its_own_time(kind: str):
-    """Token i is said to be centred at offset_s + i * hop_s: that is where labels are read."""
+def test_a_token_looks_at_the_sound_around_its_own_time(kind: str):
+    """Token i is said to be centred at offset_s + i * hop_s, which is where labels are read: gradients say the same."""
     net = embedding(kind).eval()
     geometry = make_geometry(features(kind), RATE)
     num = geometry.num_tokens(2 * RATE)
+    wave = torch.randn(1, 2 * RATE, requires_grad=True)
     for i in (num // 4, num // 2, 3 * num // 4):
-        wave = tone_at(geometry.offset_s + i * geometry.hop_s)[None].requires_grad_()
         if isinstance(net, WaveformEmbedding):
-            # where in the waveform token i looks: the centre of the samples that its gradient reaches
-            net(wave, None).x[0, i].square().sum().backward()
-            places = wave.grad[0].nonzero().squeeze(1).double() / RATE
-            first, last = places.min().item(), places.max().item()
-            assert (first + last) / 2 == pytest.approx(geometry.offset_s + i * geometry.hop_s, abs=0.5 / RATE)
-            assert last - first == pytest.approx(399 / RATE)
+            (reach,) = torch.autograd.grad(net(wave, None).x[0, i].square().sum(), wave)
+            samples = reach[0].nonzero().squeeze(1)
+            first, last = int(samples.min()), int(samples.max()) + 1
+            assert last - first == 400
         else:
-            bands = net.bands(wave.detach(), None)[0]
-            energy = bands.clamp(min=1.0).sum(1)
-            padded = F.pad(energy[None, None], (1, geometry.kernel))[0, 0]
-            # energy under the kernel of each token, windows i * stride - 1 to i * stride + kernel - 2
-            under = padded.unfold(0, geometry.kernel, geometry.stride).sum(1)[:num]
-            assert abs(int(under.argmax()) - i) <= (1 if geometry.kernel > geometry.stride else 0)
-            loud = (energy > 0.5 * energy.max()).nonzero().double().mean().item()
-            middle = (loud * net.hop + len(net.window) / 2) / RATE
-            assert middle == pytest.approx(geometry.offset_s + i * geometry.hop_s, abs=0.006)
+            bands = net.bands(wave, None).requires_grad_()
+            (reach,) = torch.autograd.grad(net.conv(bands.transpose(1, 2))[0, :, i].square().sum(), bands)
+            windows = reach[0].abs().sum(1).nonzero().squeeze(1)
+            first, last = int(windows.min()) * 160, int(windows.max()) * 160 + 400
+            assert len(windows) == max(3, int(kind.partition("-")[2] or 4))
+        assert (first + last) / 2 / RATE == pytest.approx(geometry.offset_s + i * geometry.hop_s, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_burst_is_heard_by_the_token_of_its_time(kind: str):
+    """In tokens of silence and noise those that change are the ones whose time lies within reach of the burst."""
+    net = embedding(kind).eval()
+    geometry = make_geometry(features(kind), RATE)
+    quiet = 1e-2 * torch.randn(1, 2 * RATE)
+    num = geometry.num_tokens(2 * RATE)
+    times = geometry.offset_s + torch.arange(num) * geometry.hop_s
+    for time in (0.4, 0.777, 1.5):
+        loud = quiet.clone()
+        loud[0, round(time * RATE) - 16 : round(time * RATE) + 16] += torch.randn(32)  # 2 ms
+        change = (net(loud, None).x - net(quiet, None).x)[0].norm(dim=1)
+        if isinstance(net, LogMelEmbedding):  # the standardisation moves every token a little
+            assert abs(times[change.argmax()] - time) < geometry.hop_s + 0.0125
+        else:
+            assert (times[change > 1e-5] - time).abs().max() < 0.0125 + 0.002
+        assert change[(times - time).abs() < geometry.hop_s / 2 + 1e-6].min() > 0.2 * change.max()
+
+
+def test_a_click_is_loud_in_the_windows_that_contain_it():
+    net = embedding("logmel")
+    assert isinstance(net, LogMelEmbedding)
+    for sample in (8_000, 12_345, 20_079):
+        wave = 1e-3 * torch.randn(1, 2 * RATE)
+        wave[0, sample] = 10.0
+        loud = (net.bands(wave, None)[0].mean(1) > 2).nonzero().squeeze(1).tolist()
+        covering = [w for w in range(198) if w * 160 + 20 <= sample < w * 160 + 380]  # the window fades at its ends
+        assert covering and set(covering) <= set(loud)
+        assert all(w * 160 <= sample < w * 160 + 400 for w in loud)
 
 
 def test_bands_are_log_mel_energies_standardised_over_time():

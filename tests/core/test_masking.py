@@ -142,3 +142,14 @@ def test_scored_rows_are_the_flat_places_of_scored():
 def test_errors(values: dict, message: str):
     with pytest.raises(ValueError, match=message):
         SpanMasking(SpanMaskingConfig(**values))
+
+
+def test_a_place_that_may_not_be_hidden_never_is():
+    maskable = np.ones(40, dtype=bool)
+    maskable[:7] = False
+    policy = SpanMasking(SpanMaskingConfig(mask_prob=0.8, mask_length=5))
+    for seed in range(20):
+        rngs = [np.random.default_rng(2 * seed + i) for i in range(2)]
+        masks = policy([Layout((40,), maskable), Layout((40,))], 2, rngs)
+        assert not masks.hidden[0, :, :7].any()
+        assert masks.hidden.any()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from d2v_core.checkpoint import list_checkpoints
 from d2v_core.config import load_config
@@ -31,6 +32,8 @@ def test_a_run_leaves_what_it_promises(d2v, tmp_path: Path):
     assert [p.name for p in list_checkpoints(out / "checkpoints")] == ["step-00000020", "step-00000025"]
     lines = lines_of(out)
     assert [line["step"] for line in lines] == [1, 10, 20, 25]
+    names = load_file(list_checkpoints(out / "checkpoints")[-1] / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"student", "predictor"}
     config = load_config(["modality=toy", "train.max_steps=25"])[0]
     for line in lines:
         assert line["lr"] == pytest.approx(lr_at(line["step"] - 1, 25, config.optim))
@@ -71,6 +74,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(d2v, tmp_path: Path):
     assert status == 2 and "the loss is " in text and ("nan" in text or "inf" in text)
     assert "Lower optim.lr" in text and str(out / "checkpoints") in text
     assert not (out / "summary.json").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(d2v, tmp_path: Path):
+    """The step that spoils them lies between two logged ones, and the checkpoint comes first."""
+    out = tmp_path / "run"
+    bad = (
+        "optim.lr=1e38",
+        "optim.warmup_ratio=0",
+        "train.max_steps=20",
+        "train.log_every=20",
+        "train.checkpoint_every=3",
+    )
+    status, text = d2v(*words(out, *bad))
+    assert status == 2 and "not finite, so no checkpoint is written" in text and "Lower optim.lr" in text
+    assert list_checkpoints(out / "checkpoints") == []
 
 
 def test_fp16_on_a_cpu_is_refused_before_there_is_a_folder(d2v, tmp_path: Path):
