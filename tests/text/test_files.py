@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from d2v_core.errors import UserError
 from d2v_text import files
@@ -59,6 +62,18 @@ def test_long_lines_come_in_pieces_that_join_again(folder: Path, monkeypatch: py
     lines, reader = read(folder / "b.txt")
     assert "".join(lines) == "猫" * 40 and reader.num_bad == 0
     assert all(len(line.encode()) <= 16 for line in lines)
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(8, 40))
+def test_pieces_lose_nothing_and_cut_no_character(text: str, limit: int):
+    content = text.encode()
+    pieces = [piece for _, piece in files._pieces(io.BytesIO(content), limit, False)]
+    assert b"".join(pieces) == content
+    assert all(0 < len(piece) <= limit for piece in pieces)
+    assert "".join(piece.decode() for piece in pieces) == text
+    lines = text.count("\n") + (not text.endswith("\n"))
+    assert len(pieces) >= lines if text else not pieces
 
 
 def test_broken_lines_are_counted_and_named(folder: Path):

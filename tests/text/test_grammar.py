@@ -71,6 +71,6 @@ def test_probe():
     inputs, labels = task.train[3]
     assert inputs["ids"].shape == (1, len(labels))
     around = words_around(inputs)
-    assert around.shape == (len(labels), 3 * vocabulary().size)
-    assert (around.sum(1) == 3).all()
+    assert around.shape == (len(labels), 5 * vocabulary().size)
+    assert (around.sum(1) == 5).all()
     assert task.num_classes == len(ROLES)

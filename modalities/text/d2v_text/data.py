@@ -149,7 +149,7 @@ def role_probe() -> ProbeTask:
 
 
 def words_around(inputs: Mapping[str, Tensor]) -> Tensor:
-    """(T, 3 V): which word stands here, before and behind, one-hot. What a probe sees without a network."""
+    """(T, 5 V): which words stand here and up to two places away, one-hot. What a probe sees without a network."""
     size = grammar.vocabulary().size
-    ids = F.pad(inputs["ids"][0], (1, 1), value=PAD)
-    return F.one_hot(ids, size).float().unfold(0, 3, 1).flatten(1)
+    ids = F.pad(inputs["ids"][0], (2, 2), value=PAD)
+    return F.one_hot(ids, size).float().unfold(0, 5, 1).flatten(1)
