@@ -332,6 +332,13 @@ class Modality(ABC, Generic[SampleT]):
         del batch
         return None
 
+    def keep(self, run: Path) -> None:
+        """Put into the run folder what loading the run needs beside its configuration; called with every checkpoint.
+
+        A modality made from a stored configuration finds the folder as `config.home`. By default nothing is needed.
+        """
+        del run
+
     def probe(self) -> ProbeTask | None:
         """A small labelled task that scores the result of a run, or None."""
         return None

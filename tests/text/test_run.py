@@ -125,6 +125,23 @@ def test_another_tokenizer_does_not_pass(d2v: Run, books: Path, tmp_path: Path):
     assert status == 2 and "do not fit this configuration" in said and "embedding.table.weight" in said
 
 
+def test_a_run_folder_can_go_elsewhere(d2v: Run, books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tokenizer goes with it: neither the file that was given nor the working directory is needed again."""
+    d2v("out=run", f"data.path={books}", "data.tokenizer=t.json")
+    before = d2v_core.load("run")
+    inputs = before.modality.inputs("the house, the tree")
+    status, said = d2v("out=next", "from=run", f"data.path={books}")
+    assert status == 2 and "data.tokenizer=run/tokenizer.json" in said
+    assert d2v("out=next", "from=run", f"data.path={books}", "data.tokenizer=run/tokenizer.json")[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").rename(tmp_path / "elsewhere" / "moved")
+    (tmp_path / "t.json").unlink()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    after = d2v_core.load("moved")
+    assert torch.equal(after.modality.inputs("the house, the tree")["ids"], inputs["ids"])
+    assert all(map(torch.equal, after.encode(inputs), before.encode(inputs)))
+
+
 def test_a_run_on_the_grammar_is_no_start_for_text(d2v: Run, books: Path):
     d2v("out=run")
     with pytest.raises(UserError, match="has no tokenizer"):

@@ -19,6 +19,8 @@ from d2v_text.files import tokenise
 from d2v_text.masking import NOT_SELECTED, TokenMasking, TokenMaskingConfig
 from d2v_text.tokenizer import BOS, BPE, EOS, PAD, Vocabulary, load_tokenizer
 
+TOKENIZER = "tokenizer.json"  # in the run folder
+
 
 class TextModality(Modality[Sample]):
     """Text as token ids. Sizes are counted in tokens, `<s>` included."""
@@ -56,6 +58,9 @@ class TextModality(Modality[Sample]):
         if self.data.tokenizer is not None:
             found = self.tokenizer.vocabulary
         elif self.data.path is not None:
+            kept = Path(self.config.from_run or "") / TOKENIZER
+            if self.config.from_run and kept.is_file():
+                raise UserError(f"data.path={self.data.path} needs a tokenizer, that of `from`: data.tokenizer={kept}.")
             raise UserError(
                 f"data.path={self.data.path} needs a tokenizer. Train one with `d2v tokenizer train {self.data.path} "
                 "out=tokenizer.json`, then give data.tokenizer=tokenizer.json."
@@ -89,9 +94,15 @@ class TextModality(Modality[Sample]):
 
     @cached_property
     def tokenizer(self) -> BPE:
-        """Raises UserError where the file does not fit."""
+        """That of `data.tokenizer`; of a stored run, the copy in its folder. Raises UserError where it does not fit."""
         assert self.data.tokenizer is not None
-        return load_tokenizer(self.data.tokenizer)
+        kept = (self.config.home or Path()) / TOKENIZER
+        return load_tokenizer(kept if self.config.home and kept.is_file() else self.data.tokenizer)
+
+    def keep(self, run: Path) -> None:
+        """A copy of the tokenizer, without which the ids that the network takes mean nothing."""
+        if self.data.tokenizer is not None and not (run / TOKENIZER).exists():
+            self.tokenizer.save(run / TOKENIZER)
 
     def __getstate__(self) -> dict[str, object]:
         """Loader workers need no tokenizer."""

@@ -56,13 +56,20 @@ class BPE:
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
         self._tokenizer, self.vocabulary = tokenizer, vocabulary
-        self.identity = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=8).hexdigest()
+        self._json = tokenizer.to_str(pretty=True)
+        self.identity = hashlib.blake2b(self._json.encode(), digest_size=8).hexdigest()
         # Said outright, or the library warns of it when a loader forks its workers.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids without `<s>` and `</s>`."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(self._json, encoding="utf-8")
+        temporary.replace(path)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
