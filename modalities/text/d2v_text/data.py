@@ -39,7 +39,7 @@ class TextConfig:
     micro_batch_tokens: int | None = opt(None, "Tokens that run at once; null = the whole batch.")
     cache: str | None = opt(None, "Folder for tokenised text; null = d2v/text in the user's cache folder.")
     max_bad_ratio: float = opt(0.01, "Larger share of unreadable lines or records stops the run before training.")
-    grammar_documents: int = opt(8000, "Documents of the built-in grammar; 8000 are about 0.6 million tokens.")
+    grammar_documents: int = opt(8000, "Documents of the built-in grammar; 8000 are about half a million tokens.")
 
     def check(self) -> None:
         """Raises ValueError."""
