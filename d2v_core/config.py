@@ -181,6 +181,8 @@ class RunConfig:
     train: TrainConfig
     sections: dict[str, Any]
     """The modality's own sections, by name."""
+    home: Path | None = None
+    """The run folder that it was read from; None for a run that is about to begin."""
 
     def section(self, name: str, kind: type[T]) -> T:
         """A section of the modality, checked: `config.section("data", MyData)`."""
@@ -399,7 +401,11 @@ def _merge(
         ) from None
     return check(
         RunConfig(
-            **{f.name: getattr(flat, f.name) for f in dataclasses.fields(RunConfig) if f.name != "sections"},
+            **{
+                f.name: getattr(flat, f.name)
+                for f in dataclasses.fields(RunConfig)
+                if f.name not in ("sections", "home")
+            },
             sections={name: getattr(flat, name) for name in own},
         )
     )

@@ -78,7 +78,8 @@ class Masks(_Movable):
         (80/10/10 masking scores tokens that it leaves alone).
     scored_rows: (N,) int64, the True places of `scored` flattened row-major. A list made on the host: finding them on
         the device would make it wait.
-    fill: (B, M, T) int64 in a code of the modality's own, what stands at a hidden place; None = its mask token.
+    fill: (B, M, T) int64 in a code of the modality's own, what stands at a hidden place; None = its mask token. What it
+        holds elsewhere is the modality's own affair.
     visible: (B, M, V) int64, the places of the tokens that the student encodes; None = all T with the hidden ones
         replaced. Every row keeps the same number V.
     """
@@ -330,6 +331,13 @@ class Modality(ABC, Generic[SampleT]):
         """The teacher's own input, where it is another than the student's; None = the same."""
         del batch
         return None
+
+    def keep(self, run: Path) -> None:
+        """Put into the run folder what loading the run needs beside its configuration; called with every checkpoint.
+
+        A modality made from a stored configuration finds the folder as `config.home`. By default nothing is needed.
+        """
+        del run
 
     def probe(self) -> ProbeTask | None:
         """A small labelled task that scores the result of a run, or None."""

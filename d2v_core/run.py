@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def load_config_of(run: Path) -> tuple[RunConfig, type[Modality[Any]]]:
         raise UserError(f"{run} is not a run folder: it has no config.yaml.")
     stored = read_yaml(path)
     kind = plugins.load(str(stored.get("modality", "")))
-    return from_dict(stored, kind, str(path)), kind
+    return replace(from_dict(stored, kind, str(path)), home=run), kind
 
 
 class LoadedRun(nn.Module):

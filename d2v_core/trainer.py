@@ -300,6 +300,7 @@ class Trainer:
         }
         stored = checkpoint.Checkpoint(run.model_state(self.model), self.model.teacher.own_state(), state)
         try:
+            self.modality.keep(self.out)
             checkpoint.save(self.out / "checkpoints", self.progress.step, stored, self.config.train.keep_checkpoints)
         except OSError as error:
             raise UserError(

@@ -187,6 +187,25 @@ def test_visible_tokens_only_with_several_copies_and_one_teacher_pass():
     )
 
 
+def test_a_modality_keeps_what_its_run_needs(make, tmp_path):
+    """With every checkpoint, and a loaded run knows its folder."""
+    from rich.console import Console
+
+    from d2v_core.run import load_config_of
+    from d2v_core.runfolder import open_run
+    from d2v_core.trainer import Trainer
+
+    toy = make("train.max_steps=2", "train.checkpoint_every=1", "train.num_workers=0", "train.probe=false",
+               "train.tensorboard=false", f"out={tmp_path / 'run'}")  # fmt: skip
+    kept = []
+    toy.keep = kept.append
+    open_run(toy.config)
+    Trainer(toy, tmp_path / "run", Console(quiet=True)).fit()
+    assert kept == [tmp_path / "run"] * 2
+    assert load_config_of(tmp_path / "run")[0].home == tmp_path / "run"
+    assert toy.config.home is None
+
+
 def test_masks_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"scored has shape \(2, 1, 7\), hidden has \(2, 1, 8\)"):
         Masks.of(np.zeros((2, 8), bool), np.zeros((2, 7), bool))

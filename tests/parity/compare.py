@@ -139,7 +139,7 @@ def _largest(of: dict[str, tuple[float, float, float]], name: str, deviation: tu
 def _group(name: str) -> str:
     if "grad." in name and "k_proj.bias" in name:
         return "grad.*.k_proj.bias (zero but for rounding)"
-    for whole in ("grad", "norm of grad", "after_ema"):
+    for whole in ("grad", "norm of grad", "after_ema", "teacher_after"):
         if name.startswith(f"{whole}."):
             return f"{whole}.*"
     if name.startswith("opt."):

@@ -1,0 +1,302 @@
+"""Find text files, read them line by line, and keep what they become as one flat array of ids on disk.
+
+Memory is bounded whatever the size of the text: lines pass through, ids lie in a file that is mapped, and only the
+start of every block is held. What cannot be read is counted and named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from d2v_core.errors import UserError
+from d2v_text.tokenizer import BOS, BPE, EOS
+
+TEXT_EXTENSIONS = (".raw", ".text", ".tokens", ".txt")
+RECORD_EXTENSIONS = (".jsonl", ".ndjson")
+LONGEST_PIECE = 1 << 20  # bytes of a line taken at once; a longer line of plain text goes on as another
+LONGEST_RECORD = 1 << 27  # bytes of a .jsonl line; a longer one is left out
+BATCH = 1 << 20  # characters tokenised at once
+SILENT_UP_TO = 20_000_000  # bytes; tokenising more is announced
+FORMAT = 1  # of the cache; raise it when its content changes
+
+
+def find_files(given: str | Path, key: str = "data.path") -> list[Path]:
+    """A file, or those below a folder in a stable order; hidden names are left out. Raises UserError."""
+    if not str(given).strip():
+        raise UserError(f"{key} is empty: give a text file, a .jsonl file or a folder.")
+    path = Path(given).expanduser().resolve()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        parent = next(parent for parent in path.parents if parent.is_dir())
+        missing, names = path.relative_to(parent).parts[0], sorted(os.listdir(parent))
+        near = difflib.get_close_matches(missing, names, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There is: {', '.join(names[:9]) or '-'}."
+        raise UserError(f"{key}={given} does not exist: there is no {missing!r} in {parent}. {hint}")
+    kinds = TEXT_EXTENSIONS + RECORD_EXTENSIONS
+    found = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in kinds
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not found:
+        raise UserError(f"{key}={given}: no text in this folder or below. Looked for {' '.join(kinds)}.")
+    return found
+
+
+@dataclass
+class Reader:
+    """Lines of text from files; an empty one ends a document. Counts what it leaves out and names the first few.
+
+    section: what stands before the names of options in messages.
+    """
+
+    key: str
+    section: str = "data."
+    num_lines: int = 0
+    num_bad: int = 0
+    bad: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+
+    def lines(self, path: Path) -> Iterator[str]:
+        """Plain text by line, or a record's text by line; each file and each record is at least one document."""
+        records = path.suffix.lower() in RECORD_EXTENSIONS
+        any_text = False
+        try:
+            with path.open("rb") as file:
+                for number, piece in _pieces(file, LONGEST_RECORD if records else LONGEST_PIECE, records):
+                    texts = self._record(path, number, piece) if records else self._line(path, number, piece)
+                    for text in texts:
+                        any_text = any_text or bool(text)
+                        yield text
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        if not any_text:
+            self.empty.append(path.name)
+        yield ""
+
+    def _line(self, path: Path, number: int, piece: bytes) -> list[str]:
+        self.num_lines += 1
+        try:
+            return [piece.decode("utf-8-sig" if number == 1 else "utf-8").strip()]
+        except UnicodeDecodeError as error:
+            self._leave_out(path, number, f"no UTF-8 ({error.reason} at byte {error.start})")
+            return []
+
+    def _record(self, path: Path, number: int, piece: bytes) -> list[str]:
+        if not piece.strip():
+            return []
+        self.num_lines += 1
+        try:
+            record = json.loads(piece.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            self._leave_out(path, number, f"no UTF-8 ({error.reason} at byte {error.start})")
+        except (ValueError, RecursionError) as error:
+            self._leave_out(path, number, f"no JSON ({error})")
+        else:
+            if not isinstance(record, dict):
+                self._leave_out(path, number, "no object")
+            elif self.key not in record:
+                near = difflib.get_close_matches(self.key, list(record), 1)
+                there = ", ".join(map(repr, list(record)[:6])) or "none"
+                hint = f", did you mean {self.section}key={near[0]}?" if near else ""
+                self._leave_out(path, number, f"no key {self.key!r} (keys: {there}{hint})")
+            elif not isinstance(record[self.key], str):
+                self._leave_out(path, number, f"{self.key!r} is {type(record[self.key]).__name__}, not text")
+            else:
+                return [*(line.strip() for line in record[self.key].splitlines()), ""]
+        return []
+
+    def _leave_out(self, path: Path, number: int, reason: str) -> None:
+        self.num_bad += 1
+        if len(self.bad) < 5:
+            self.bad.append(f"{path.name} line {number}: {reason}")
+
+    def check(self, max_bad_ratio: float, given: str) -> None:
+        """Raises UserError where too much was left out."""
+        if self.num_bad > max_bad_ratio * self.num_lines:
+            option = f"{self.section}max_bad_ratio"
+            raise UserError(
+                f"{given}: {self.num_bad} of {self.num_lines} lines cannot be read, more than {option}="
+                f"{max_bad_ratio:g} allows:\n  " + "\n  ".join(self.bad) + "\nMend them (other encodings: iconv -f "
+                f"LATIN1 -t UTF-8), or raise {option} to do without them."
+            )
+
+    def summary(self) -> str:
+        """What was left out, or nothing."""
+        parts: list[str] = []
+        if self.num_bad:
+            parts.append(f"{self.num_bad} of {self.num_lines} lines left out: {'; '.join(self.bad)}")
+        if self.empty:
+            more = f" and {len(self.empty) - 5} more" if len(self.empty) > 5 else ""
+            parts.append(f"no text in {', '.join(self.empty[:5])}{more}")
+        return "\n".join(parts)
+
+
+def _pieces(file: BinaryIO, limit: int, records: bool) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes). A line of plain text beyond the limit comes in pieces, cut at a space where it has one and
+    never inside a character; a record beyond it comes cut, which no reader takes for JSON."""
+    number, rest = 0, b""
+    while True:
+        chunk = rest + file.readline(limit - len(rest))
+        if not chunk:
+            return
+        if not rest:
+            number += 1
+        rest = b""
+        if len(chunk) >= limit and not chunk.endswith(b"\n"):
+            if records:
+                while (more := file.readline(limit)) and not more.endswith(b"\n"):
+                    pass
+            else:
+                at = chunk.rfind(b" ") + 1
+                if at <= 0:
+                    at = len(chunk)
+                    while at > 1 and chunk[at - 1] & 0xC0 == 0x80:
+                        at -= 1
+                    at = max(at - 1, 1)
+                chunk, rest = chunk[:at], chunk[at:]
+        yield number, chunk
+
+
+@dataclass(frozen=True)
+class TokenisedText:
+    """The cache of a text: a folder with ids.bin (every sentence with its </s>, one after the other), sizes.npy
+    ((sentences,) int32, a document's end is a 0) and info.json."""
+
+    folder: Path
+    dtype: str
+    num_tokens: int
+    notes: str
+    num_files: int
+
+    def ids(self) -> np.ndarray:
+        return np.memmap(self.folder / "ids.bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+
+    def sizes(self) -> np.ndarray:
+        return np.load(self.folder / "sizes.npy", mmap_mode="r")
+
+
+def tokenise(path: str, key: str, tokenizer: BPE, cache: str | None, max_bad_ratio: float) -> TokenisedText:
+    """Tokenise once: a second run on the same files (by name, size and time) with the same tokenizer reads the result.
+
+    Raises UserError where there is nothing to read, or too much of it is broken.
+    """
+    files = find_files(path)
+    facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    name = hashlib.blake2b(
+        json.dumps([FORMAT, key, tokenizer.identity, max_bad_ratio, facts]).encode(), digest_size=10
+    ).hexdigest()
+    root = Path(cache).expanduser() if cache else _default_cache()
+    folder = root / name
+    if not (folder / "info.json").is_file():
+        total = sum(size for _, size, _ in facts)
+        if total > SILENT_UP_TO:
+            print(f"Tokenising {len(files)} files, {total / 1e6:.0f} MB, once ...", file=sys.stderr, flush=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            _write(folder, files, path, key, tokenizer, max_bad_ratio)
+        except OSError as error:
+            raise UserError(
+                f"The tokenised text cannot be written to {root}: {error.strerror or error}. Choose a folder with "
+                "room by data.cache=FOLDER."
+            ) from error
+    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+    return TokenisedText(folder, **info)
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "d2v" / "text"
+
+
+def _write(folder: Path, files: Sequence[Path], given: str, key: str, tokenizer: BPE, max_bad_ratio: float) -> None:
+    """Into a temporary folder that takes its name when it is whole."""
+    reader = Reader(key)
+    dtype = "uint16" if tokenizer.vocabulary.size <= 1 << 16 else "uint32"
+    total = 0
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with (temporary / "ids.bin").open("wb") as ids, (temporary / "sizes.bin").open("wb") as sizes:
+            for lines in _batches(line for file in files for line in reader.lines(file)):
+                encoded = iter(tokenizer.encode([line for line in lines if line]))
+                rows = [[*next(encoded), EOS] if line else [] for line in lines]
+                np.array([i for row in rows for i in row], dtype=dtype).tofile(ids)
+                np.array([len(row) for row in rows], dtype=np.int32).tofile(sizes)
+                total += sum(map(len, rows))
+        reader.check(max_bad_ratio, f"data.path={given}")
+        if total == 0:
+            raise UserError(f"data.path={given}: no text in {len(files)} files. {reader.summary()}".rstrip(". ") + ".")
+        np.save(temporary / "sizes.npy", np.memmap(temporary / "sizes.bin", dtype=np.int32, mode="r"))
+        (temporary / "sizes.bin").unlink()
+        info = {"dtype": dtype, "num_tokens": total, "notes": reader.summary(), "num_files": len(files)}
+        (temporary / "info.json").write_text(json.dumps(info), encoding="utf-8")
+        try:
+            temporary.replace(folder)
+        except OSError:
+            if not (folder / "info.json").is_file():  # else another process was quicker
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _batches(lines: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for line in lines:
+        batch.append(line)
+        size += len(line) + 1
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def blocks(sizes: np.ndarray, block_tokens: int, documents: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) starts and (N,) lengths of blocks in the flat ids, room for `<s>` kept.
+
+    documents: whole sentences of one document; a sentence longer than a block is cut (the official code keeps it and
+    later leaves it out). Otherwise equal pieces of the whole text, across sentences and documents.
+    """
+    room = block_tokens - 1
+    if not documents:
+        total = int(sizes.sum(dtype=np.int64))
+        starts = np.arange(0, total, room, dtype=np.int64)
+        return starts, np.minimum(room, total - starts)
+    starts_, lengths_ = array("q"), array("q")  # of millions of blocks, so no lists of numbers
+    start = length = 0
+    for size in map(int, sizes):
+        if length and (size == 0 or length + size > room):
+            starts_.append(start)
+            lengths_.append(length)
+            start, length = start + length, 0
+        while size > room:
+            starts_.append(start)
+            lengths_.append(room)
+            start, size = start + room, size - room
+        length += size
+    if length:
+        starts_.append(start)
+        lengths_.append(length)
+    return np.array(starts_), np.array(lengths_)
+
+
+def block_ids(flat: np.ndarray, start: int, length: int) -> np.ndarray:
+    """(1 + length,) int64, `<s>` in front."""
+    return np.concatenate([[BOS], flat[start : start + length]]).astype(np.int64)

@@ -1,0 +1,180 @@
+"""The text modality: its configuration, and how its parts meet the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from d2v_core.config import RunConfig, read_yaml
+from d2v_core.contract import Batch, Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask
+from d2v_core.errors import UserError
+from d2v_text import grammar
+from d2v_text.data import Sample, TextConfig, collate, from_files, from_grammar, role_probe
+from d2v_text.feature_encoder import EmbeddingConfig, HeadConfig, RegressionHead, TextEncoder
+from d2v_text.files import tokenise
+from d2v_text.masking import NOT_SELECTED, TokenMasking, TokenMaskingConfig
+from d2v_text.tokenizer import BOS, BPE, EOS, PAD, Vocabulary, load_tokenizer
+
+TOKENIZER = "tokenizer.json"  # in the run folder
+
+
+class TextModality(Modality[Sample]):
+    """Text as token ids. Sizes are counted in tokens, `<s>` included."""
+
+    name = "text"
+    unit = "tokens"
+    encoders = ("embedding",)
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.data = config.section("data", TextConfig)
+        self.embedding = config.section("embedding", EmbeddingConfig)
+        self.head = config.section("head", HeadConfig)
+        self.mask = config.section("mask", TokenMaskingConfig)
+        try:
+            self.data.check()
+            if self.head.layers < 1:
+                raise ValueError(f"head.layers={self.head.layers} must be at least 1")
+            if self.data.block_tokens > self.embedding.max_positions:
+                raise ValueError(
+                    f"data.block_tokens={self.data.block_tokens} is more than "
+                    f"embedding.max_positions={self.embedding.max_positions}"
+                )
+            if config.model.norm != "post":
+                raise ValueError(f"model.norm={config.model.norm}: text has a norm before the first block, so post")
+            self.vocabulary = self._vocabulary()
+            self._check_source()
+            TokenMasking(self.mask, self.vocabulary)
+        except ValueError as error:
+            raise UserError(f"This configuration cannot work: {error}") from error
+
+    def _vocabulary(self) -> Vocabulary:
+        """The tokenizer's, the built-in grammar's, or, where only a size is given, one of which no more is known."""
+        size = self.embedding.vocab_size
+        if self.data.tokenizer is not None:
+            found = self.tokenizer.vocabulary
+        elif self.data.path is not None:
+            kept = Path(self.config.from_run or "") / TOKENIZER
+            if self.config.from_run and kept.is_file():
+                raise UserError(f"data.path={self.data.path} needs a tokenizer, that of `from`: data.tokenizer={kept}.")
+            raise UserError(
+                f"data.path={self.data.path} needs a tokenizer. Train one with `d2v tokenizer train {self.data.path} "
+                "out=tokenizer.json`, then give data.tokenizer=tokenizer.json."
+            )
+        elif size is None or size == grammar.vocabulary().size:
+            return grammar.vocabulary()
+        elif size <= 5:
+            raise ValueError(f"embedding.vocab_size={size} must be above 5, the number of special symbols")
+        else:
+            return Vocabulary(size)
+        if size is not None and size != found.size:
+            raise ValueError(
+                f"data.tokenizer={self.data.tokenizer} has {found.size} symbols, embedding.vocab_size={size}; give the "
+                "tokenizer that this configuration was made for, or leave embedding.vocab_size out"
+            )
+        return found
+
+    def _check_source(self) -> None:
+        """That `from` is no run on the built-in grammar where this one reads text. The rest is seen by the weights."""
+        stored = Path(self.config.from_run or "") / "config.yaml"
+        if self.config.from_run is None or self.data.tokenizer is None or not stored.is_file():
+            return
+        before = read_yaml(stored)
+        if (before.get("data") or {}).get("tokenizer") is None and not (before.get("embedding") or {}).get(
+            "vocab_size"
+        ):
+            raise UserError(
+                f"from={self.config.from_run} was trained on the built-in grammar, whose words are not those of "
+                f"data.tokenizer={self.data.tokenizer}: its weights cannot be used on text. Leave `from` out."
+            )
+
+    @cached_property
+    def tokenizer(self) -> BPE:
+        """That of `data.tokenizer`; of a stored run, the copy in its folder. Raises UserError where it does not fit."""
+        assert self.data.tokenizer is not None
+        kept = (self.config.home or Path()) / TOKENIZER
+        return load_tokenizer(kept if self.config.home and kept.is_file() else self.data.tokenizer)
+
+    def keep(self, run: Path) -> None:
+        """A copy of the tokenizer, without which the ids that the network takes mean nothing."""
+        if self.data.tokenizer is not None and not (run / TOKENIZER).exists():
+            self.tokenizer.save(run / TOKENIZER)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Loader workers need no tokenizer."""
+        return {key: value for key, value in self.__dict__.items() if key != "tokenizer"}
+
+    def inputs(self, text: str) -> Mapping[str, Tensor]:
+        """What `LoadedRun.encode` takes, for one text: `<s>`, its tokens, `</s>`; what is too long is cut off.
+
+        Raises UserError where there is no tokenizer: the built-in grammar has ids alone (`grammar.labelled`).
+        """
+        if self.data.tokenizer is None:
+            raise UserError("This run has no tokenizer: it was trained on the built-in grammar. Give it ids.")
+        (ids,) = self.tokenizer.encode([text])
+        return collate([np.array([BOS, *ids[: self.embedding.max_positions - 2], EOS])])
+
+    @classmethod
+    def sections(cls, encoder: str) -> Mapping[str, type]:
+        del encoder
+        return {"data": TextConfig, "embedding": EmbeddingConfig, "head": HeadConfig, "mask": TokenMaskingConfig}
+
+    @classmethod
+    def recipes(cls) -> Path:
+        return Path(__file__).parent / "recipes"
+
+    def dataset(self, split: str) -> Dataset[Sample]:
+        del split
+        data = self.data
+        if data.path is not None:
+            return from_files(tokenise(data.path, data.key, self.tokenizer, data.cache, data.max_bad_ratio), data)
+        if self.vocabulary != grammar.vocabulary():
+            raise UserError(
+                f"No data.path: the built-in grammar has a vocabulary of its own, {grammar.vocabulary().size} words. "
+                "Give data.path=YOUR_TEXT, or leave data.tokenizer and embedding.vocab_size out."
+            )
+        return from_grammar(data)
+
+    def batching(self) -> Batching:
+        data = self.data
+        return Batching(data.batch_tokens, data.micro_batch_tokens or data.batch_tokens, data.block_tokens)
+
+    def layout(self, sample: Sample) -> Layout:
+        return Layout((len(sample),))
+
+    def collate(self, samples: Sequence[Sample]) -> Mapping[str, Tensor]:
+        return collate(list(samples))
+
+    def amount(self, inputs: Mapping[str, Tensor]) -> float:
+        padding = inputs["padding_mask"].sum().item() if "padding_mask" in inputs else 0
+        return inputs["ids"].numel() - padding
+
+    def masking(self) -> MaskingPolicy:
+        return TokenMasking(self.mask, self.vocabulary)
+
+    def feature_encoder(self) -> TextEncoder:
+        return TextEncoder(self.vocabulary, self.config.model, self.embedding)
+
+    def predictor(self) -> Predictor:
+        return RegressionHead(self.config.model.embed_dim, self.head)
+
+    def teacher_parts(self) -> Mapping[str, Part]:
+        """Tables and their norm are the student's own of the last update, or averaged too."""
+        return {"encoder": self.embedding.teacher, "transformer": "average"}
+
+    def teacher_inputs(self, batch: Batch) -> Mapping[str, Tensor] | None:
+        """mask.teacher_input=labels: the selected tokens, `<pad>` everywhere else. The official data pipeline hands its
+        teacher this by mistake: it then attends to selected tokens only, whose positions are counted without gaps."""
+        if self.mask.teacher_input == "full":
+            return None
+        assert batch.masks is not None and batch.masks.fill is not None
+        unselected = batch.masks.fill[:, 0] == NOT_SELECTED
+        return {"ids": batch.inputs["ids"].masked_fill(unselected, PAD), "padding_mask": unselected}
+
+    def probe(self) -> ProbeTask | None:
+        """The roles of the built-in grammar, for networks that know its words."""
+        return role_probe() if self.vocabulary == grammar.vocabulary() else None
