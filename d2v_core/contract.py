@@ -38,7 +38,8 @@ class BadSample(Exception):
 class Layout:
     """The token grid of one sample, known before any network runs, so that a loader's worker can draw its mask.
 
-    shape: (T,) for a sequence, (rows, columns) for a plane, (frames, rows, columns) for a moving one; flattened row-major.
+    shape: (T,) for a sequence, (rows, columns) for a plane, (frames, rows, columns) for a moving one; flattened
+        row-major.
     maskable: (T,) bool, True where a token may be hidden; None = everywhere.
     """
 

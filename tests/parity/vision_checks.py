@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from d2v_core import schedules
 from d2v_core.config import load_config, parse_arguments
@@ -153,7 +152,7 @@ def check_mask_statistics(fixture: Fixture, draws: int = 400, seed: int = 0) -> 
             c.fail(f"{key} of {name}", "recorded, but not compared")
         for key in theirs.keys() & setting.keys():
             if not np.allclose(theirs[key][0], setting[key], atol=1e-9):
-                c.fail(f"{key} of {name}", f"the recorded draws have {theirs[key][0]}, the recorded file {setting[key]}")
+                c.fail(f"{key} of {name}", f"the draws have {theirs[key][0]}, the file says {setting[key]}")
         ours = statistics(draw(setting, draws, seed))
         for key, (value, error) in ours.items():
             recorded, their_error = theirs[key]
@@ -203,6 +202,11 @@ def statistics(masks: np.ndarray) -> dict[str, tuple[Any, Any]]:
         out[f"{kind}_blocks_per_image_mean"] = (count.mean(), count.std() / np.sqrt(num))
         out[f"{kind}_largest_block_mean"] = (largest.mean(), largest.std() / np.sqrt(num))
         out[f"{kind}_largest_block_std"] = (largest.std(ddof=1), _error_of_std(largest))
+    # Two that were not recorded as numbers, but are in the draws: how ragged the hidden part is, and how oblong.
+    padded = np.pad(masks, ((0, 0), (1, 1), (1, 1))).astype(np.int8)
+    across, down = (np.abs(np.diff(padded, axis=axis)).sum((1, 2)).astype(float) for axis in (1, 2))
+    for key, lengths in (("edge_length_mean", across + down), ("edge_imbalance_mean", np.abs(across - down))):
+        out[key] = (lengths.mean(), lengths.std() / np.sqrt(num))
     rate = masks.mean(0)
     out["per_position_masked_rate_grid"] = (rate, np.sqrt((rate * (1 - rate) + 0.25 / num) / num))
     return out

@@ -96,7 +96,7 @@ def scan(
     Raises:
         UserError: something the user must mend; the message says what and how.
     """
-    root, top, found, empty = _find(path, split)
+    top, found, empty = _find(path, split)
     decode = len(found) <= decode_up_to if decode is None else decode
 
     def look(image: ImageFile) -> str | tuple[int, int]:
@@ -110,9 +110,7 @@ def scan(
         sizes = list(pool.map(look, found))
     bad = tuple((image.id, size) for image, size in zip(found, sizes, strict=True) if isinstance(size, str))
     images = tuple(
-        image
-        for image, size in zip(found, sizes, strict=True)
-        if not isinstance(size, str) and min(size) >= min_side
+        image for image, size in zip(found, sizes, strict=True) if not isinstance(size, str) and min(size) >= min_side
     )
     report = ScanReport(top, images, bad, len(found) - len(bad) - len(images), min_side, empty)
     if len(bad) > max_bad_ratio * len(found):
@@ -175,8 +173,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 # ------------------------------------------------------------------------------------------ which files there are
 
 
-def _find(given: str | Path, split: str | None) -> tuple[Path, Path, list[ImageFile], tuple[str, ...]]:
-    """(root, folder searched, files by id, class folders without an image)."""
+def _find(given: str | Path, split: str | None) -> tuple[Path, list[ImageFile], tuple[str, ...]]:
+    """(folder searched, files by id, class folders without an image)."""
     root = existing(given)
     if not root.is_dir():
         if root.suffix.lower() not in IMAGE_EXTENSIONS:
@@ -186,7 +184,7 @@ def _find(given: str | Path, split: str | None) -> tuple[Path, Path, list[ImageF
             )
         if split is not None:
             raise UserError(f"data.path={given} is one file and has no split {split!r}: leave data.split out.")
-        return root.parent, root.parent, [ImageFile(root, root.name)], ()
+        return root.parent, [ImageFile(root, root.name)], ()
 
     def stop(error: OSError) -> NoReturn:
         raise UserError(f"data.path={given}: cannot list {error.filename} ({error.strerror}): mend its permissions.")
@@ -220,7 +218,7 @@ def _find(given: str | Path, split: str | None) -> tuple[Path, Path, list[ImageF
     labels = {image.label for image in images}
     folders = sorted(child.name for child in top.iterdir() if child.is_dir() and not child.name.startswith("."))
     empty = tuple(name for name in folders if name not in labels)
-    return root, top, sorted(images, key=lambda image: image.id), empty
+    return top, sorted(images, key=lambda image: image.id), empty
 
 
 def existing(given: str | Path) -> Path:

@@ -125,7 +125,6 @@ def gradients_to_official(model: nn.Module, config: RunConfig) -> dict[str, Tens
     return to_official({name: grad for name, grad in own.items() if grad is not None}, config)
 
 
-
 # -------------------------------------------------------------------------------------------------- configuration
 
 
