@@ -209,6 +209,9 @@ def to_tensor(pixels: Sequence[np.ndarray], config: VisionConfig) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- probe
 
 Labelled = tuple[Mapping[str, Tensor], Tensor]
+PROBE_SEED = 1  # the training set's seed is 0: labelled pictures are others than those of pre-training
+PROBE_COUNTS: Mapping[Split, int] = {"train": 1000, "dev": 500, "test": 1000}
+PROBE_BUDGETS = (100, 1000)
 RAW_SIDE = 32  # pixels: larger images are averaged down to this for the row of raw pixels
 
 
@@ -216,9 +219,9 @@ def shape_probe(modality: VisionModality) -> ProbeTask:
     """Which of ten shapes a picture shows, on pictures that no run has seen."""
     size = modality.data.image_size
 
-    def part(split: Split, count: int) -> list[Labelled]:
-        shapes = SyntheticShapes(split, count, size, PROBE_SEED)
-        pictures = (shapes[i] for i in range(count))
+    def part(split: Split) -> list[Labelled]:
+        shapes = SyntheticShapes(split, PROBE_COUNTS[split], size, PROBE_SEED)
+        pictures = (shapes[i] for i in range(len(shapes)))
         return [(modality.collate([ImageSample(p.pixels)]), torch.tensor(p.label)) for p in pictures]
 
     return ProbeTask(
@@ -228,16 +231,13 @@ def shape_probe(modality: VisionModality) -> ProbeTask:
             "layer's tokens. Each row uses the layer that is best on other held-out pictures."
         ),
         num_classes=len(SHAPES),
-        budgets=(100, 1000),
-        train=part("train", 1000),
-        dev=part("dev", 500),
-        test=part("test", 1000),
+        budgets=PROBE_BUDGETS,
+        train=part("train"),
+        dev=part("dev"),
+        test=part("test"),
         input_name="raw pixels",
         input_features=raw_pixels,
     )
-
-
-PROBE_SEED = 1  # the training set's seed is 0: labelled pictures are others than those of pre-training
 
 
 def raw_pixels(inputs: Mapping[str, Tensor]) -> Tensor:
