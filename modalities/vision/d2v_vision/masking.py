@@ -80,7 +80,7 @@ class BlockMasking:
 
     def __call__(self, layouts: Sequence[Layout], num_copies: int, rngs: Sequence[np.random.Generator]) -> Masks:
         hidden = [
-            [block_mask(*layout.shape, self.config, rng).ravel() for _ in range(num_copies)]
+            [block_mask(layout.shape[0], layout.shape[1], self.config, rng).ravel() for _ in range(num_copies)]
             for layout, rng in zip(layouts, rngs, strict=True)
         ]
         return Masks.of(np.array(hidden))
