@@ -99,7 +99,7 @@ def test_a_path_that_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         scan(given)
 
 
-# ------------------------------------------------------------------------------------------------------- kinds of pixels
+# ------------------------------------------------------------------------------------------------------ kinds of pixels
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "RGB"])
@@ -175,7 +175,7 @@ def test_a_decompression_bomb_is_refused_unread(tmp_path: Path, monkeypatch: pyt
 
 def test_a_giant_that_pillow_itself_refuses(tmp_path: Path) -> None:
     path = save(tmp_path / "giant.png", Image.new("1", (20_000, 10_000)))
-    with pytest.raises(BadImage, match="damaged: .*exceeds limit"):
+    with pytest.raises(BadImage, match=r"damaged: .*exceeds limit"):
         read_one(path)
 
 

@@ -71,7 +71,7 @@ def test_the_whole_model_is_averaged_and_integers_are_copied() -> None:
 
 def test_one_step_by_hand() -> None:
     """The whole forward pass spelled out with torch alone: teacher on the full image, student on the masked one."""
-    config, model = small("model.attention_dropout=0", "model.drop_path=0")
+    _, model = small("model.attention_dropout=0", "model.drop_path=0")
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.student.parameters():
