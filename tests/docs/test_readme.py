@@ -122,7 +122,7 @@ def test_the_tree_is_whole() -> None:
     """Every module of the core and of the modality stands in it, once."""
     paths = tree()
     assert len(set(paths)) == len(paths)
-    for folder in ("d2v_core", "modalities/audio/d2v_audio"):
+    for folder in ("d2v_core", "modalities/audio/d2v_audio", "modalities/vision/d2v_vision"):
         there = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py") if not path.name.startswith("__")}
         assert there - set(paths) == set()
 
