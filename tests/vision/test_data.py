@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 
 from d2v_core.contract import BadSample
 from d2v_core.keyed import generator
-from d2v_vision.data import VisionConfig, augment, crop_box, open_dataset, raw_pixels, to_tensor
+from d2v_vision.data import SyntheticImages, VisionConfig, augment, crop_box, open_dataset, raw_pixels, to_tensor
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -112,6 +112,14 @@ def test_the_built_in_set() -> None:
     data = open_dataset(VisionConfig(image_size=32, synthetic_images=7), 4)
     assert len(data) == 7 and data.sizes.tolist() == [1] * 7 and data[3].pixels.shape == (32, 32, 3)
     assert "built-in textured shapes, 7 images of 32 x 32" in data.describe()
+
+
+def test_large_built_in_pictures_are_drawn_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = open_dataset(VisionConfig(image_size=32, synthetic_images=3), 4)
+    monkeypatch.setattr("d2v_vision.data.MAX_HELD_BYTES", 1000)
+    drawn = open_dataset(VisionConfig(image_size=32, synthetic_images=3), 4)
+    assert isinstance(drawn, SyntheticImages) and drawn.pixels is None
+    assert np.array_equal(held[2].pixels, drawn[2].pixels)
 
 
 def test_files_are_read_when_asked_for(tmp_path: Path) -> None:

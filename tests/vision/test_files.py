@@ -220,6 +220,13 @@ def test_cifar_s_folder_has_two_splits(tmp_path: Path) -> None:
         read_records(tmp_path, "dev")
 
 
+def test_a_binary_file_of_another_kind_beside_imagenet(tmp_path: Path) -> None:
+    (tmp_path / "meta.bin").write_bytes(b"torchvision's list of classes")
+    save(tmp_path / "train" / "n01440764" / "1.JPEG")
+    assert record_files(tmp_path) == []
+    assert len(record_files(tmp_path / "meta.bin")) == 1
+
+
 @pytest.mark.parametrize(
     "data", [b"", cifar(3)[0][:-1], b"\xff" * 3073], ids=["empty", "cut short", "labels beyond the classes"]
 )

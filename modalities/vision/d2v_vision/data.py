@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from d2v_vision.modality import VisionModality
 
 CROP_ATTEMPTS = 10
+MAX_HELD_BYTES = 1 << 27  # of built-in pictures
 
 
 @dataclass
@@ -123,20 +124,22 @@ class ImageArrays(_Images):
 
 
 class SyntheticImages(_Images):
-    """The built-in set, drawn once and held in memory."""
+    """The built-in set: drawn once and held in memory where it is small, else whenever a picture is asked for."""
 
     def __init__(self, shapes: SyntheticShapes) -> None:
         super().__init__(len(shapes))
-        self.pixels = [shapes[i].pixels for i in range(len(shapes))]
+        self.shapes = shapes
+        small = len(shapes) * 3 * shapes.size**2 <= MAX_HELD_BYTES
+        self.pixels = [shapes[i].pixels for i in range(len(shapes))] if small else None
 
     def id(self, index: int) -> str:
         return str(index)
 
     def __getitem__(self, index: int) -> ImageSample:
-        return ImageSample(self.pixels[index])
+        return ImageSample(self.shapes[index].pixels if self.pixels is None else self.pixels[index])
 
     def describe(self) -> str:
-        side = self.pixels[0].shape[0]
+        side = self.shapes.size
         return (
             f"No data.path: training on the built-in textured shapes, {len(self)} images of {side} x {side} pixels. "
             "Give data.path=/your/images for your own."

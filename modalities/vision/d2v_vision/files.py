@@ -10,6 +10,7 @@ import difflib
 import gzip
 import lzma
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what a file ma
 MAX_RECORD_BYTES = 1 << 31  # unpacked; a packed file that goes on and on is not read to its end
 NUM_THREADS = 4
 CIFAR_PIXELS = 3 * 32 * 32
+_CIFAR_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test|cifar.*)\.bin(\.xz|\.gz)?")
 
 
 class BadImage(Exception):
@@ -253,14 +255,17 @@ class Arrays:
 
 
 def record_files(given: str | Path) -> list[Path]:
-    """CIFAR or IDX files that `data.path` is or directly holds; none where it is a matter of image files."""
+    """CIFAR or IDX files that `data.path` is or directly holds; none where it is a matter of image files.
+
+    In a folder only names that CIFAR uses count: torchvision leaves a meta.bin beside ImageNet's train/.
+    """
     path = existing(given)
     if path.is_file():
-        return [path] if _is_record(path) else []
+        return [path] if _is_idx(path) or path.name.endswith((".bin", ".bin.xz", ".bin.gz")) else []
     children = [child for child in sorted(path.iterdir()) if child.is_file()]
     if any(child.suffix.lower() in IMAGE_EXTENSIONS for child in children):
         return []
-    return [child for child in children if _is_record(child)]
+    return [child for child in children if _is_idx(child) or _CIFAR_NAME.fullmatch(child.name)]
 
 
 def read_records(given: str | Path, split: str | None) -> Arrays:
@@ -291,10 +296,6 @@ def read_records(given: str | Path, split: str | None) -> Arrays:
 
 def _is_idx(path: Path) -> bool:
     return "-images-idx3-ubyte" in path.name or "-images.idx3-ubyte" in path.name
-
-
-def _is_record(path: Path) -> bool:
-    return _is_idx(path) or path.name.endswith((".bin", ".bin.xz", ".bin.gz"))
 
 
 def _is_test(path: Path) -> bool:
