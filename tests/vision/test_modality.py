@@ -200,3 +200,13 @@ def test_an_official_configuration_that_does_not_fit(changes: dict[str, Any], wo
     with pytest.raises(UserError, match=words) as caught:
         official.config_from_official(changes)
     assert "patch_size is missing" in str(caught.value)
+
+
+def test_a_run_s_network_has_the_official_initial_weights() -> None:
+    model = build_model(modality("preset=base", *SMALL))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.startswith("teacher."):
+            assert parameter.abs().max() <= 0.02, name
+    first, second = (block.get_parameter("fc2.weight").abs().max() for block in model.student.transformer.blocks)
+    assert first == pytest.approx(0.02 / 2**0.5, rel=0.05) and second == pytest.approx(0.02 / 2, rel=0.05)
+    assert not model.student.encoder.get_parameter("positions.table").any()
