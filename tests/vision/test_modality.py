@@ -207,6 +207,6 @@ def test_a_run_s_network_has_the_official_initial_weights() -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and not name.startswith("teacher."):
             assert parameter.abs().max() <= 0.02, name
-    first, second = (block.get_parameter("fc2.weight").abs().max() for block in model.student.transformer.blocks)
+    first, second = (block.get_parameter("fc2.weight").abs().max().item() for block in model.student.transformer.blocks)
     assert first == pytest.approx(0.02 / 2**0.5, rel=0.05) and second == pytest.approx(0.02 / 2, rel=0.05)
     assert not model.student.encoder.get_parameter("positions.table").any()

@@ -59,17 +59,21 @@ class SyntheticShapes:
         front, back = _colours(rng)
         cut = _outline(SHAPES[label], self.size, rng)[..., None]
         picture = cut * _texture(front, self.size, rng) + (1 - cut) * _texture(back, self.size, rng)
-        picture += rng.normal(0, rng.uniform(2, 8), picture.shape)
+        picture += rng.normal(0, rng.uniform(1, 5), picture.shape)
         return Shape(np.clip(np.rint(picture), 0, 255).astype(np.uint8), label)
 
 
 def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two pairs of colours, (2, 3) each in 0...255: a pair's own colours are near, the pairs apart."""
+    """Two pairs of tinted greys, (2, 3) each in 0...255: a pair's own are near, the pairs apart, either one brighter.
+
+    Full colours would be nicer to look at, and would be most of what a network of minutes learns to predict.
+    """
     while True:
-        centres = rng.uniform(20, 235, (2, 3))
-        if np.abs(centres[0] - centres[1]).mean() > 60:
+        levels = rng.uniform(30, 225, 2)
+        if abs(levels[0] - levels[1]) > 70:
             break
-    pairs = centres[:, None] + rng.uniform(-45, 45, (2, 2, 3))
+    tinted = levels[:, None, None] + rng.uniform(-20, 20, (2, 1, 3))
+    pairs = tinted + rng.uniform(-20, 20, (2, 2, 1))
     return pairs[0], pairs[1]
 
 
@@ -96,7 +100,7 @@ def _texture(colours: np.ndarray, size: int, rng: np.random.Generator) -> np.nda
 
 def _outline(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """(size, size) in 0...1: how much of each pixel the shape covers. Any place, size and angle that fits."""
-    radius = rng.uniform(0.26, 0.42) * size
+    radius = rng.uniform(0.3, 0.44) * size
     centre = rng.uniform(radius + 1, size - radius - 1, 2)
     angle = rng.uniform(0, 2 * math.pi)
     image = Image.new("L", (size * _FINE, size * _FINE))
