@@ -10,7 +10,7 @@ import pytest
 import d2v_core
 
 SOURCES = sorted(Path(d2v_core.__file__).parent.glob("*.py"))
-WORDS = r"audio|\b(speech|waveform|librispeech|phones?|mel)\b"
+WORDS = r"audio|vision|\b(speech|waveform|librispeech|phones?|mel|images?|pixels?)\b"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -23,4 +23,4 @@ def test_no_word_of_a_modality(path: Path):
 def test_no_import_of_a_modality():
     for path in SOURCES:
         imports = re.findall(r"^\s*(?:from|import)\s+([\w.]+)", path.read_text(encoding="utf-8"), re.M)
-        assert not [name for name in imports if re.match(r"d2v_(?!core)|torchaudio|soundfile|torchvision", name)], path
+        assert not [name for name in imports if re.match(r"d2v_(?!core)|torchaudio|soundfile|torchvision|timm|PIL", name)], path

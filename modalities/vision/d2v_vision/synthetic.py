@@ -101,7 +101,7 @@ def _texture(colours: np.ndarray, size: int, rng: np.random.Generator) -> np.nda
 def _outline(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """(size, size) in 0...1: how much of each pixel the shape covers. Any place, size and angle that fits."""
     radius = rng.uniform(0.3, 0.44) * size
-    centre = rng.uniform(radius + 1, size - radius - 1, 2)
+    centre = rng.uniform(radius, size - radius, 2)
     angle = rng.uniform(0, 2 * math.pi)
     image = Image.new("L", (size * _FINE, size * _FINE))
     draw = ImageDraw.Draw(image)
