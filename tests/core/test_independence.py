@@ -23,4 +23,6 @@ def test_no_word_of_a_modality(path: Path):
 def test_no_import_of_a_modality():
     for path in SOURCES:
         imports = re.findall(r"^\s*(?:from|import)\s+([\w.]+)", path.read_text(encoding="utf-8"), re.M)
-        assert not [name for name in imports if re.match(r"d2v_(?!core)|torchaudio|soundfile|torchvision|timm|PIL", name)], path
+        assert not [
+            name for name in imports if re.match(r"d2v_(?!core)|torchaudio|soundfile|torchvision|timm|PIL", name)
+        ], path

@@ -120,7 +120,7 @@ def test_gradients_reach_the_table_also_in_bf16() -> None:
 
 def test_initial_weights() -> None:
     transformer = Transformer(ModelConfig(embed_dim=64, num_layers=3, num_heads=2, norm="pre", attention_bias="qv"))
-    init_transformer(transformer)
+    init_transformer(transformer, 0.02)
     for i, block in enumerate(transformer.blocks, 1):
         for name, parameter in block.named_parameters():
             scale = math.sqrt(2 * i) if name in ("attention.out.weight", "fc2.weight") else 1.0

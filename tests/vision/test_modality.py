@@ -86,6 +86,7 @@ def test_tokens_agree_with_the_layout() -> None:
     [
         (["data.image_size=30"], "data.image_size=30 must be a multiple of features.patch_size=4"),
         (["features.patch_size=0"], "features.patch_size=0"),
+        (["features.init_std=0"], "features.init_std=0.0 must be above 0"),
         (["mask.num_patches=64"], "mask.num_patches=64 must lie between 1 and 63"),
         (["data.crop_scale=[0.5]"], "data.crop_scale=[0.5] must be two numbers"),
         (["data.crop_aspect=[2,1]"], "data.crop_aspect=[2.0, 1.0] must be two numbers"),

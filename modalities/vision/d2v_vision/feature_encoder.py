@@ -22,7 +22,6 @@ from d2v_core.kernels import linear
 from d2v_core.transformer import Transformer
 
 CHANNELS = 3  # red, green, blue: whatever a file holds is converted to them
-INIT_STD = 0.02
 
 
 @dataclass
@@ -30,6 +29,9 @@ class PatchConfig:
     """Section `features`: patches, and what fairseq's port does otherwise than the official code."""
 
     patch_size: int = opt(16, "Side of a patch, pixels.")
+    init_std: float = opt(
+        0.02, "Initial weights are normal with this standard deviation, cut at one of it; narrow networks want more."
+    )
     teacher: Literal["average", "share"] = opt(
         "average",
         "Patch embedding and CLS of the teacher: averaged like the rest (official), or the student's own (fairseq's "
@@ -40,20 +42,20 @@ class PatchConfig:
     )
 
 
-def init_official(module: nn.Module) -> None:
-    """Linear and convolution weights from N(0, 0.02^2) cut at one standard deviation, biases zero."""
+def init_official(module: nn.Module, std: float) -> None:
+    """Linear and convolution weights from N(0, std^2) cut at one standard deviation, biases zero."""
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(child.weight, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+            nn.init.trunc_normal_(child.weight, std=std, a=-std, b=std)
             bias = child._parameters.get("bias")
             if bias is not None:
                 nn.init.zeros_(bias)
 
 
 @torch.no_grad()
-def init_transformer(transformer: Transformer) -> None:
+def init_transformer(transformer: Transformer, std: float) -> None:
     """`init_official`, then what block i (from 1) adds to the residual stream is divided by sqrt(2 i)."""
-    init_official(transformer)
+    init_official(transformer, std)
     for i, block in enumerate(transformer.blocks, 1):
         for name in ("attention.out.weight", "fc2.weight"):
             block.get_parameter(name).div_(math.sqrt(2.0 * i))
@@ -62,11 +64,11 @@ def init_transformer(transformer: Transformer) -> None:
 class PatchEmbedding(nn.Module):
     """(B, 3, height, width) pixels -> (B, T, D): a convolution whose stride is its kernel, rows of patches first."""
 
-    def __init__(self, patch_size: int, embed_dim: int) -> None:
+    def __init__(self, patch_size: int, embed_dim: int, init_std: float = 0.02) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.conv = nn.Conv2d(CHANNELS, embed_dim, patch_size, stride=patch_size)
-        init_official(self)
+        init_official(self, init_std)
 
     def forward(self, image: Tensor) -> Tensor:
         # A convolution without overlap is a matrix product on the patches, which is faster on a CPU.
@@ -116,12 +118,13 @@ class PatchEncoder(FeatureEncoder):
         super().__init__()
         side = image_size // features.patch_size
         self.image_size, self.grid, self.dropout = image_size, (side, side), model.dropout
-        self.embedding = PatchEmbedding(features.patch_size, model.embed_dim)
+        std = features.init_std
+        self.embedding = PatchEmbedding(features.patch_size, model.embed_dim, std)
         # Weight decay is for tensors of two or more axes: as officially, on the mask token and not on CLS.
         self.mask_token = nn.Parameter(torch.zeros(1, model.embed_dim))
         self.cls_token = nn.Parameter(torch.zeros(model.embed_dim))
         for token in (self.mask_token, self.cls_token):
-            nn.init.trunc_normal_(token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+            nn.init.trunc_normal_(token, std=std, a=-std, b=std)
         self.positions = RelativeBias(self.grid, model.num_heads)
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:

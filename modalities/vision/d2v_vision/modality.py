@@ -36,6 +36,8 @@ class VisionModality(Modality[ImageSample]):
             self.data.check()
             if patch < 1 or size % patch:
                 raise ValueError(f"data.image_size={size} must be a multiple of features.patch_size={patch}")
+            if not self.features.init_std > 0:
+                raise ValueError(f"features.init_std={self.features.init_std} must be above 0")
             if self.data.path is None:
                 SyntheticShapes("train", self.data.synthetic_images, size)
             self.grid = (size // patch, size // patch)
@@ -77,13 +79,13 @@ class VisionModality(Modality[ImageSample]):
         return PatchEncoder(self.features, self.config.model, self.data.image_size)
 
     def init_transformer(self, transformer: Transformer) -> None:
-        init_transformer(transformer)
+        init_transformer(transformer, self.features.init_std)
 
     def predictor(self) -> Predictor:
         if self.features.head == "identity":
             return IdentityPredictor()
         head = LinearPredictor(self.config.model.embed_dim)
-        init_official(head)
+        init_official(head, self.features.init_std)
         return head
 
     def teacher_parts(self) -> Mapping[str, Part]:
