@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from d2v_core.config import RunConfig
+    from d2v_core.transformer import Transformer
 
 Part = Literal["average", "copy", "share"]
 AttentionBias = Tensor | Sequence[Tensor] | None
@@ -37,7 +38,8 @@ class BadSample(Exception):
 class Layout:
     """The token grid of one sample, known before any network runs, so that a loader's worker can draw its mask.
 
-    shape: (T,) for a sequence, (rows, columns) for an image, (frames, rows, columns) for a video; flattened row-major.
+    shape: (T,) for a sequence, (rows, columns) for a plane, (frames, rows, columns) for a moving one; flattened
+        row-major.
     maskable: (T,) bool, True where a token may be hidden; None = everywhere.
     """
 
@@ -264,7 +266,7 @@ class ProbeTask:
 class Modality(ABC, Generic[SampleT]):
     """One kind of data. Made from a run's configuration; its class methods answer before there is one.
 
-    name: as the user types it. unit: what `Batch.amount` counts, for display ("s of sound", "images").
+    name: as the user types it. unit: what `Batch.amount` counts, for display ("s of sound", "lines").
     encoders: names accepted as `encoder=...`, the first is the default.
     """
 
@@ -312,6 +314,12 @@ class Modality(ABC, Generic[SampleT]):
 
     @abstractmethod
     def feature_encoder(self) -> FeatureEncoder: ...
+
+    def init_transformer(self, transformer: Transformer) -> None:
+        """Give the blocks their initial weights, in place. By default BERT's: N(0, 0.02^2), zero biases."""
+        from d2v_core.transformer import init_bert
+
+        init_bert(transformer)
 
     def predictor(self) -> Predictor:
         """The head. By default one linear map at the scored tokens."""

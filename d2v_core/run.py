@@ -19,7 +19,7 @@ from d2v_core.keyed import seed_of
 from d2v_core.loss import RegressionLoss
 from d2v_core.probe import layers_of
 from d2v_core.targets import TopKTargets
-from d2v_core.transformer import Transformer, init_bert
+from d2v_core.transformer import Transformer
 
 
 def build_model(modality: Modality[Any]) -> Data2Vec:
@@ -28,7 +28,7 @@ def build_model(modality: Modality[Any]) -> Data2Vec:
     with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         torch.default_generator.manual_seed(seed_of(config.seed, "init"))
         transformer = Transformer(config.model)
-        init_bert(transformer)
+        modality.init_transformer(transformer)
         try:
             return Data2Vec(
                 modality.feature_encoder(),

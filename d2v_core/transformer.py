@@ -1,7 +1,7 @@
 """The transformer that student and teacher share in form: it can hand back what every block computed.
 
 Post-norm and pre-norm blocks, as in data2vec (arXiv:2202.03555; fairseq: fairseq/models/wav2vec/wav2vec2.py and
-fairseq/modules/transformer_layer.py; data2vec_vision: beit/modeling_finetune.py).
+fairseq/modules/transformer_layer.py; BEiT: modeling_finetune.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention with one matrix for queries, keys and values (rows in this order, then by head).
 
-    bias="qv" leaves the keys without a bias, as BEiT and data2vec vision do.
+    bias="qv" leaves the keys without a bias, as BEiT does.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float, bias: Literal["qkv", "qv"] = "qkv") -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from d2v_core import Data2Vec, FeatureEncoder, LinearPredictor, Masks, Predictor, RegressionLoss, Tokens, TopKTargets
 from d2v_core.config import LossConfig, ModelConfig, TargetConfig
+from d2v_core.run import build_model
 from d2v_core.transformer import Transformer
 
 B, M, T, D, LAYERS = 2, 3, 8, 16, 2
@@ -209,3 +210,20 @@ def test_a_modality_keeps_what_its_run_needs(make, tmp_path):
 def test_masks_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"scored has shape \(2, 1, 7\), hidden has \(2, 1, 8\)"):
         Masks.of(np.zeros((2, 8), bool), np.zeros((2, 7), bool))
+
+
+def test_a_modality_may_initialise_the_transformer(make, monkeypatch):
+    """Vision rescales what each block adds; others leave it at BERT's normal, of which a third lies beyond 0.02."""
+    modality = make()
+    weight = build_model(modality).student.transformer.blocks[0].fc1.weight
+    assert 0.015 < weight.std() < 0.025 and 0.25 < (weight.abs() > 0.02).float().mean() < 0.4
+
+    def zero(transformer):
+        for parameter in transformer.parameters():
+            nn.init.zeros_(parameter)
+
+    monkeypatch.setattr(modality, "init_transformer", zero)
+    model = build_model(modality)
+    for network in (model.student, model.teacher.module):
+        assert not any(p.any() for p in network.transformer.parameters())
+    assert model.student.encoder.embedding.weight.any()

@@ -10,7 +10,10 @@ import pytest
 import d2v_core
 
 SOURCES = sorted(Path(d2v_core.__file__).parent.glob("*.py"))
-WORDS = r"audio|\b(speech|waveform|librispeech|phones?|mel)\b|tokeni[sz]er|vocabular|\bbpe\b"
+WORDS = (
+    r"audio|vision|\b(speech|waveform|librispeech|phones?|mel|images?|pixels?)\b"
+    r"|tokeni[sz]er|vocabular|\bbpe\b"
+)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -24,5 +27,7 @@ def test_no_import_of_a_modality():
     for path in SOURCES:
         imports = re.findall(r"^\s*(?:from|import)\s+([\w.]+)", path.read_text(encoding="utf-8"), re.M)
         assert not [
-            name for name in imports if re.match(r"d2v_(?!core)|torchaudio|soundfile|torchvision|tokenizers", name)
+            name
+            for name in imports
+            if re.match(r"d2v_(?!core)|torchaudio|soundfile|torchvision|timm|PIL|tokenizers", name)
         ], path

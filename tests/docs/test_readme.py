@@ -122,7 +122,8 @@ def test_the_tree_is_whole() -> None:
     """Every module of the core and of the modalities stands in it, once."""
     paths = tree()
     assert len(set(paths)) == len(paths)
-    for folder in ("d2v_core", "modalities/audio/d2v_audio", "modalities/text/d2v_text"):
+    modalities = ("audio", "text", "vision")
+    for folder in ("d2v_core", *(f"modalities/{name}/d2v_{name}" for name in modalities)):
         there = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py") if not path.name.startswith("__")}
         assert there - set(paths) == set()
 

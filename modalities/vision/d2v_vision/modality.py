@@ -1,0 +1,100 @@
+"""The vision modality: its configuration, and how its parts meet the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from d2v_core.config import RunConfig
+from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask
+from d2v_core.data2vec import LinearPredictor
+from d2v_core.errors import UserError
+from d2v_core.transformer import Transformer
+from d2v_vision.data import ImageSample, VisionConfig, augment, open_dataset, shape_probe, to_tensor
+from d2v_vision.feature_encoder import IdentityPredictor, PatchConfig, PatchEncoder, init_official, init_transformer
+from d2v_vision.masking import BlockMasking, BlockMaskingConfig
+from d2v_vision.synthetic import SyntheticShapes
+
+
+class VisionModality(Modality[ImageSample]):
+    """Square images of `data.image_size` pixels in square patches. Sizes and amounts are counted in images."""
+
+    name = "vision"
+    unit = "images"
+    encoders = ("patches",)
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.data = config.section("data", VisionConfig)
+        self.features = config.section("features", PatchConfig)
+        self.mask = config.section("mask", BlockMaskingConfig)
+        size, patch = self.data.image_size, self.features.patch_size
+        try:
+            self.data.check()
+            if patch < 1 or size % patch:
+                raise ValueError(f"data.image_size={size} must be a multiple of features.patch_size={patch}")
+            if not self.features.init_std > 0:
+                raise ValueError(f"features.init_std={self.features.init_std} must be above 0")
+            if self.data.path is None:
+                SyntheticShapes("train", self.data.synthetic_images, size)
+            self.grid = (size // patch, size // patch)
+            self.mask.check(self.grid[0] * self.grid[1])
+        except ValueError as error:
+            raise UserError(f"This configuration cannot work: {error}") from error
+
+    @classmethod
+    def sections(cls, encoder: str) -> Mapping[str, type]:
+        return {"data": VisionConfig, "features": PatchConfig, "mask": BlockMaskingConfig}
+
+    @classmethod
+    def recipes(cls) -> Path:
+        return Path(__file__).parent / "recipes"
+
+    def dataset(self, split: str) -> Dataset[ImageSample]:
+        return open_dataset(self.data, self.features.patch_size)
+
+    def batching(self) -> Batching:
+        return Batching(self.data.batch, self.data.micro_batch or self.data.batch, max_size=1)
+
+    def prepare(self, sample: ImageSample, size: int, rng: np.random.Generator) -> ImageSample:
+        return ImageSample(augment(sample.pixels, self.data, rng))
+
+    def layout(self, sample: ImageSample) -> Layout:
+        return Layout(self.grid)
+
+    def collate(self, samples: Sequence[ImageSample]) -> Mapping[str, Tensor]:
+        """image (B, 3, S, S) float32, normalised by data.mean and data.std."""
+        return {"image": to_tensor([sample.pixels for sample in samples], self.data)}
+
+    def amount(self, inputs: Mapping[str, Tensor]) -> float:
+        return float(len(inputs["image"]))
+
+    def masking(self) -> MaskingPolicy:
+        return BlockMasking(self.mask)
+
+    def feature_encoder(self) -> PatchEncoder:
+        return PatchEncoder(self.features, self.config.model, self.data.image_size)
+
+    def init_transformer(self, transformer: Transformer) -> None:
+        init_transformer(transformer, self.features.init_std)
+
+    def predictor(self) -> Predictor:
+        if self.features.head == "identity":
+            return IdentityPredictor()
+        head = LinearPredictor(self.config.model.embed_dim)
+        init_official(head, self.features.init_std)
+        return head
+
+    def teacher_parts(self) -> Mapping[str, Part]:
+        if self.features.teacher == "average":
+            return {"": "average"}
+        share: dict[str, Part] = dict.fromkeys(
+            ("encoder.embedding", "encoder.cls_token", "encoder.mask_token"), "share"
+        )
+        return {"": "average", **share}
+
+    def probe(self) -> ProbeTask | None:
+        return shape_probe(self) if self.data.image_size >= 16 else None
