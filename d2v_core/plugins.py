@@ -48,10 +48,10 @@ def find(name: str, group: str = GROUP) -> EntryPoint:
     found = {_describe(e): e for e in entry_points(group=group) if e.name == name}
     if not found:
         known = sorted({p.name for p in installed(group)})
-        near = difflib.get_close_matches(name, known, 1)
+        near = difflib.get_close_matches(name, known)
         raise UserError(
             f"There is no {what} {name!r}. Installed: {', '.join(known) or 'none'}."
-            + (f" Did you mean {near[0]}?" if near else "")
+            + (f" Did you mean {' or '.join(near)}?" if near else "")
             + (
                 " A modality comes with the distribution that declares it: pip install it."
                 if what == "modality"

@@ -113,7 +113,10 @@ def steps_in(run: Path) -> list[int]:
         ("optim.betas=3", ["optim.betas=3 must be a list", "each a number."]),
         ("train=3", ["train=3: train is a section, so write train.OPTION=value."]),
         ("model.dropout={", ["model.dropout={ must be a number."]),
-        ("modality=vidio", ["There is no modality 'vidio'. Installed: audio", "Did you mean audio?"]),
+        (
+            "modality=vidio",
+            ["There is no modality 'vidio'. Installed: audio, text, vision.", "Did you mean vision or audio?"],
+        ),
         ("modality=", ["modality is missing", "modality=NAME", "Installed: audio"]),
         ("preset=tinny", ["preset='tinny' is not one of audio's: base, large,", "Did you mean tiny?"]),
         ("stage=pretran", ["stage=pretran must be one of: pretrain.", "Did you mean pretrain?"]),
