@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Data2VecAudioConfig, Data2VecAudioModel
+from transformers import Data2VecAudioConfig, Data2VecAudioModel  # pyright: ignore[reportMissingImports]
 
 from d2v_core.config import RunConfig
 from d2v_core.contract import Batch

@@ -51,7 +51,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import __version__ as transformers_version
+from transformers import __version__ as transformers_version  # pyright: ignore[reportMissingImports]
 
 from d2v_core import __version__ as d2v_version
 from d2v_core.config import RunConfig, load_config
