@@ -6,7 +6,7 @@ import pytest
 
 from . import text_checks
 from .compare import Comparison, ParityError
-from .finder import Fixture, find, parameters, root_of
+from .finder import RECORDED, Fixture, find, parameters, root_of
 
 CHECKS = {"single_step": text_checks.check_single_step}
 
@@ -32,4 +32,7 @@ def test_initialisation(fixture: Fixture) -> None:
 
 
 def test_enough_is_found(pytestconfig: pytest.Config) -> None:
-    assert any(is_text(fixture) and fixture.kind == "single_step" for fixture in find(root_of(pytestconfig)))
+    root = root_of(pytestconfig)
+    if root.resolve() == RECORDED.resolve():
+        pytest.skip("the copy in the repository holds audio alone; give --parity-root FOLDER")
+    assert any(is_text(fixture) and fixture.kind == "single_step" for fixture in find(root))
