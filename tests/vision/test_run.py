@@ -115,7 +115,7 @@ def test_a_wrong_path_leaves_no_folder_behind(d2v: Run) -> None:
 def test_one_batch_is_learnt(d2v: Run) -> None:
     plain = {"data__color_jitter": "0", "data__crop_scale": "[1.0,1.0]", "data__flip_prob": "0"}
     norms = {"target__layer_norms": "[layer]", "target__mean_norms": "[layer]"}  # the official ones
-    assert d2v(out="r", data__synthetic_images="8", train__max_steps="100", **norms, **plain)[0] == 0
+    assert d2v(out="r", data__synthetic_images="8", train__max_steps="400", **norms, **plain)[0] == 0
     loss = [line["loss"] for line in lines("r")]
-    assert np.mean(loss[-10:]) < 0.85 * np.mean(loss[:5])  # 100 steps of 16 channels
+    assert np.mean(loss[-10:]) < 0.6 * np.mean(loss[:5])
     assert lines("r")[-1]["target_std"] > 0.3
