@@ -139,6 +139,7 @@ class Trainer:
         self.progress = Progress()
         self.description = ""
         self._signal: int | None = None
+        self._asked = 0.0
 
     def fit(self) -> int:
         config, train = self.config, self.config.train
@@ -361,13 +362,17 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Generator[None]:
-        """The first SIGINT or SIGTERM lets the step end and saves; a second SIGINT stops at once."""
+        """The first SIGINT or SIGTERM lets the step end and saves; one more, a second later or after, stops at once.
+
+        Launchers such as `timeout` pass a signal on that the whole group has had already: that is still the first.
+        """
 
         def ask(number: int, frame: object) -> None:
             del frame
-            if self._signal is not None:
+            if self._signal is None:
+                self._signal, self._asked = number, time.monotonic()
+            elif time.monotonic() - self._asked > 1.0:
                 raise KeyboardInterrupt
-            self._signal = number
 
         before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

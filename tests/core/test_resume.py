@@ -169,8 +169,16 @@ def num_lines(path: Path) -> int:
 
 def test_real_signals(d2v, read_run, straight, environment, tmp_path):
     """To the process, or to its whole group as a terminal and a cluster do: the workers must not die of it first."""
+
+    def twice(pid: int, number: int) -> None:
+        """As `timeout` does: the group has had it, and it is passed on once more."""
+        os.killpg(pid, number)
+        time.sleep(0.03)
+        os.kill(pid, number)
+
     cases = {
         "alone": (signal.SIGINT, 130, 0, os.kill),
+        "twice": (signal.SIGINT, 130, 2, twice),
         "group": (signal.SIGINT, 130, 2, os.killpg),
         "term": (signal.SIGTERM, 143, 2, os.killpg),
     }
