@@ -13,7 +13,7 @@ from transformers import Data2VecAudioConfig, Data2VecAudioModel  # pyright: ign
 from d2v_core.config import RunConfig
 from d2v_core.contract import Batch
 from d2v_core.data2vec import Data2Vec
-from d2v_core.trainer import AUTOCAST
+from d2v_core.loop import AUTOCAST
 
 
 class HuggingFace:

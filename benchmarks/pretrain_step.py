@@ -56,8 +56,9 @@ from transformers import __version__ as transformers_version  # pyright: ignore[
 from d2v_core import __version__ as d2v_version
 from d2v_core.config import RunConfig, load_config
 from d2v_core.contract import Batch, Layout, Modality
+from d2v_core.loop import AUTOCAST
 from d2v_core.run import build_model
-from d2v_core.trainer import AUTOCAST, Updater
+from d2v_core.trainer import Updater
 
 NO_DROPOUT = ("model.dropout=0", "model.attention_dropout=0", "model.activation_dropout=0")
 TOLERANCE = 1e-4
@@ -102,7 +103,7 @@ class D2V:
         self.setup = setup
         self.model = build_model(setup.modality).to(setup.device).train()
         self.updater = Updater(self.model, setup.config, setup.device)
-        if setup.compile:  # as d2v_core.trainer.Trainer.fit does
+        if setup.compile:  # as d2v_core.loop.Loop.fit does
             for part in (self.model.student.transformer, cast("Any", self.model.teacher.module).transformer):
                 for block in part.blocks:
                     block.compile()

@@ -18,15 +18,18 @@ if TYPE_CHECKING:
         Batching,
         Dataset,
         FeatureEncoder,
+        LabelledPart,
         Layout,
         Masks,
         Modality,
         Predictor,
         ProbeTask,
+        Task,
         Tokens,
     )
     from d2v_core.data2vec import Data2Vec, LinearPredictor
     from d2v_core.errors import UserError
+    from d2v_core.finetune import load_classifier
     from d2v_core.loss import RegressionLoss
     from d2v_core.masking import SpanMasking, span_mask
     from d2v_core.positions import ConvPositions
@@ -41,11 +44,13 @@ _HOME = {
     "Batching": "contract",
     "Dataset": "contract",
     "FeatureEncoder": "contract",
+    "LabelledPart": "contract",
     "Layout": "contract",
     "Masks": "contract",
     "Modality": "contract",
     "Predictor": "contract",
     "ProbeTask": "contract",
+    "Task": "contract",
     "Tokens": "contract",
     "Data2Vec": "data2vec",
     "LinearPredictor": "data2vec",
@@ -55,6 +60,7 @@ _HOME = {
     "span_mask": "masking",
     "ConvPositions": "positions",
     "load": "run",
+    "load_classifier": "finetune",
     "TopKTargets": "targets",
     "EMATeacher": "teacher",
     "Transformer": "transformer",
@@ -69,6 +75,7 @@ __all__ = [
     "Dataset",
     "EMATeacher",
     "FeatureEncoder",
+    "LabelledPart",
     "Layout",
     "LinearPredictor",
     "Masks",
@@ -77,12 +84,14 @@ __all__ = [
     "ProbeTask",
     "RegressionLoss",
     "SpanMasking",
+    "Task",
     "Tokens",
     "TopKTargets",
     "Transformer",
     "UserError",
     "__version__",
     "load",
+    "load_classifier",
     "span_mask",
 ]
 

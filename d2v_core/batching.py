@@ -8,8 +8,9 @@ may share out whole micro-batches and change nothing.
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,15 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from d2v_core.contract import BadSample, Batch, Batching, Dataset, MaskingPolicy, Masks, Modality
+from d2v_core.contract import BadSample, Batch, Batching, Dataset, LabelledPart, MaskingPolicy, Masks, Modality
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator
 
 # Sorting by length with this much noise lets a sample meet others of its length in each epoch; cropping to the
 # shortest of a micro-batch then costs at most this share.
 LENGTH_NOISE = 0.05
+# Labelled samples are sorted by length within this many batches, so that little is padded and an epoch is well mixed.
+POOL_BATCHES = 50
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class MicroBatch:
     num_parts: int
     indices: tuple[int, ...]
     size: int
+
+
+Plan = Callable[[int], list[list[MicroBatch]]]
+"""From the number of an epoch to its steps."""
 
 
 def plan_epoch(sizes: np.ndarray, batching: Batching, seed: int, epoch: int) -> list[list[MicroBatch]]:
@@ -71,33 +78,59 @@ def plan_epoch(sizes: np.ndarray, batching: Batching, seed: int, epoch: int) -> 
     ]
 
 
+def plan_labelled_epoch(
+    sizes: np.ndarray, batch: int, micro_batch: int, seed: int, epoch: int
+) -> list[list[MicroBatch]]:
+    """As `plan_epoch`, but batches are counted in samples, `batch` of them a step, and each sample keeps its length.
+
+    A last, incomplete batch is dropped unless it is the only one.
+    """
+    order = generator(seed, "order", epoch).permutation(len(sizes))
+    pool = batch * POOL_BATCHES
+    batches: list[np.ndarray] = []
+    for start in range(0, len(order), pool):
+        chosen = order[start : start + pool]
+        chosen = chosen[np.argsort(sizes[chosen], kind="stable")]
+        batches += [chosen[i : i + batch] for i in range(0, len(chosen), batch)]
+    full = [chosen for chosen in batches if len(chosen) == batch] or batches[:1]
+    shuffled = [full[int(i)] for i in generator(seed, "order of batches", epoch).permutation(len(full))]
+    return [_split(epoch, step, chosen, micro_batch, sizes) for step, chosen in enumerate(shuffled)]
+
+
+def _split(epoch: int, step: int, chosen: np.ndarray, micro_batch: int, sizes: np.ndarray) -> list[MicroBatch]:
+    parts = [chosen[i : i + micro_batch] for i in range(0, len(chosen), micro_batch)]
+    return [
+        MicroBatch(epoch, step, part, len(parts), tuple(map(int, members)), int(sizes[members].max()))
+        for part, members in enumerate(parts)
+    ]
+
+
 class _Endless(torch.utils.data.Sampler[MicroBatch]):
     """Micro-batches from (epoch, step) on, for ever."""
 
-    def __init__(self, sizes: np.ndarray, batching: Batching, seed: int, epoch: int, step: int) -> None:
-        self.sizes, self.batching, self.seed = sizes, batching, seed
-        self.epoch, self.step = epoch, step
+    def __init__(self, plan: Plan, epoch: int, step: int) -> None:
+        self.plan, self.epoch, self.step = plan, epoch, step
 
     def __iter__(self) -> Iterator[MicroBatch]:
         epoch, first = self.epoch, self.step
         while True:
-            for members in plan_epoch(self.sizes, self.batching, self.seed, epoch)[first:]:
+            for members in self.plan(epoch)[first:]:
                 yield from members
             epoch, first = epoch + 1, 0
 
 
-class _MicroBatches(TorchDataset[Batch]):
-    """What a worker does with a MicroBatch: read, crop, mask, collate. Picklable."""
+class _Reader(TorchDataset[Batch]):
+    """What a worker does with a MicroBatch. Picklable."""
 
-    def __init__(
-        self, modality: Modality[Any], dataset: Dataset[Any], policy: MaskingPolicy, num_copies: int, seed: int
-    ) -> None:
-        self.modality, self.dataset, self.policy = modality, dataset, policy
-        self.num_copies, self.seed = num_copies, seed
+    def __init__(self, modality: Modality[Any], dataset: Dataset[Any], seed: int) -> None:
+        self.modality, self.dataset, self.seed = modality, dataset, seed
 
-    def __getitem__(self, micro: Any) -> Batch:
-        assert isinstance(micro, MicroBatch)
+    def read(
+        self, micro: MicroBatch, prepare: Callable[[Any, str], Any]
+    ) -> tuple[list[Any], list[int], tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """(prepared samples, their numbers, their ids, (id, reason) of those that cannot be read)."""
         samples: list[Any] = []
+        indices: list[int] = []
         ids: list[str] = []
         skipped: list[tuple[str, str]] = []
         for index in micro.indices:
@@ -107,20 +140,67 @@ class _MicroBatches(TorchDataset[Batch]):
             except BadSample as error:
                 skipped.append((name, str(error)))
                 continue
-            samples.append(
-                self.modality.prepare(sample, micro.size, generator(self.seed, "prepare", micro.epoch, name))
-            )
+            samples.append(prepare(sample, name))
+            indices.append(index)
             ids.append(name)
+        return samples, indices, tuple(ids), tuple(skipped)
+
+
+class _MicroBatches(_Reader):
+    """For pre-training: read, crop, mask, collate."""
+
+    def __init__(
+        self, modality: Modality[Any], dataset: Dataset[Any], policy: MaskingPolicy, num_copies: int, seed: int
+    ) -> None:
+        super().__init__(modality, dataset, seed)
+        self.policy, self.num_copies = policy, num_copies
+
+    def __getitem__(self, micro: Any) -> Batch:
+        assert isinstance(micro, MicroBatch)
+
+        def prepare(sample: Any, name: str) -> Any:
+            return self.modality.prepare(sample, micro.size, generator(self.seed, "prepare", micro.epoch, name))
+
+        samples, _, ids, skipped = self.read(micro, prepare)
         if not samples:
-            return Batch({}, None, skipped=tuple(skipped))
+            return Batch({}, None, skipped=skipped)
         inputs = self.modality.collate(samples)
-        return Batch(
-            inputs, self._masks(samples, ids, micro.epoch), tuple(ids), self.modality.amount(inputs), tuple(skipped)
-        )
+        return Batch(inputs, self._masks(samples, ids, micro.epoch), ids, self.modality.amount(inputs), skipped)
 
     def _masks(self, samples: Sequence[Any], ids: Sequence[str], epoch: int) -> Masks:
         layouts = [self.modality.layout(sample) for sample in samples]
         return self.policy(layouts, self.num_copies, [generator(self.seed, "mask", epoch, name) for name in ids])
+
+
+class _LabelledMicroBatches(_Reader):
+    """For fine-tuning and scoring: read, augment while training, collate, add targets."""
+
+    def __init__(
+        self, modality: Modality[Any], part: LabelledPart[Any], num_classes: int, seed: int, training: bool
+    ) -> None:
+        super().__init__(modality, part.samples, seed)
+        self.labels, self.num_classes, self.training = part.labels, num_classes, training
+
+    def __getitem__(self, micro: Any) -> Batch:
+        assert isinstance(micro, MicroBatch)
+
+        def prepare(sample: Any, name: str) -> Any:
+            rng = generator(self.seed, "prepare", micro.epoch, name) if self.training else None
+            return self.modality.prepare_labelled(sample, rng)
+
+        samples, indices, ids, skipped = self.read(micro, prepare)
+        if not samples:
+            return Batch({}, None, skipped=skipped)
+        inputs = self.modality.collate(samples)
+        targets = torch.as_tensor(self.labels[indices])
+        if self.num_classes:
+            targets = torch.nn.functional.one_hot(targets, self.num_classes)
+        targets = targets.float()
+        amount = self.modality.amount(inputs)
+        if self.training:
+            rng = generator(self.seed, "mix", micro.epoch, micro.step, micro.part)
+            inputs, targets = self.modality.mix(inputs, targets, rng)
+        return Batch(inputs, None, ids, amount, skipped, targets)
 
 
 def _start_worker(worker: int) -> None:
@@ -134,11 +214,44 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-class StepLoader:
+class Steps:
     """Iterates over (epoch, step within the epoch, micro-batches of that step), endlessly.
 
     epoch, step: where to begin; a resumed run gives what it had stored.
     """
+
+    def __init__(
+        self, reader: TorchDataset[Batch], plan: Plan, *, num_workers: int, epoch: int, step: int, pin_memory: bool
+    ) -> None:
+        self.steps_per_epoch = len(plan(epoch))
+        self._plan = _Endless(plan, epoch, step)
+        self._loader = _loader(reader, self._plan, num_workers, pin_memory)
+
+    def __iter__(self) -> Generator[tuple[int, int, list[Batch]], None, None]:
+        pending: list[Batch] = []
+        for micro, batch in zip(self._plan, self._loader, strict=True):
+            pending.append(batch)
+            if micro.part == micro.num_parts - 1:
+                yield micro.epoch, micro.step, pending
+                pending = []
+
+
+def _loader(reader: TorchDataset[Batch], sampler: Any, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    # Each worker takes every num_workers-th micro-batch, so the order of the results does not depend on how many.
+    return DataLoader(
+        reader,
+        sampler=sampler,
+        batch_size=None,
+        collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
+        num_workers=num_workers,
+        worker_init_fn=_start_worker if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=pin_memory,
+    )
+
+
+class StepLoader(Steps):
+    """The steps of a pre-training run: batches with masks."""
 
     def __init__(
         self,
@@ -161,25 +274,43 @@ class StepLoader:
             policy = modality.masking()
         except ValueError as error:
             raise UserError(f"This configuration cannot work: {error}") from error
-        first = plan_epoch(dataset.sizes, batching, seed, epoch)
-        self.steps_per_epoch = len(first)
-        # Each worker takes every num_workers-th micro-batch, so the order of the results does not depend on how many.
-        self._loader = DataLoader(
+        super().__init__(
             _MicroBatches(modality, dataset, policy, num_copies, seed),
-            sampler=_Endless(dataset.sizes, batching, seed, epoch, step),
-            batch_size=None,
-            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
-            num_workers=num_workers,
-            worker_init_fn=_start_worker if num_workers else None,
-            prefetch_factor=4 if num_workers else None,
-            pin_memory=pin_memory,
-        )
-        self._plan = _Endless(dataset.sizes, batching, seed, epoch, step)
+            partial(plan_epoch, dataset.sizes, batching, seed),
+            num_workers=num_workers, epoch=epoch, step=step, pin_memory=pin_memory,
+        )  # fmt: skip
 
-    def __iter__(self) -> Generator[tuple[int, int, list[Batch]], None, None]:
-        pending: list[Batch] = []
-        for micro, batch in zip(self._plan, self._loader, strict=True):
-            pending.append(batch)
-            if micro.part == micro.num_parts - 1:
-                yield micro.epoch, micro.step, pending
-                pending = []
+
+class LabelledSteps(Steps):
+    """The steps of a fine-tuning run: batches of `batch` samples with targets."""
+
+    def __init__(
+        self,
+        modality: Modality[Any],
+        part: LabelledPart[Any],
+        num_classes: int,
+        *,
+        batch: int,
+        micro_batch: int,
+        seed: int,
+        num_workers: int = 0,
+        epoch: int = 0,
+        step: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(
+            _LabelledMicroBatches(modality, part, num_classes, seed, training=True),
+            partial(plan_labelled_epoch, part.samples.sizes, batch, micro_batch, seed),
+            num_workers=num_workers, epoch=epoch, step=step, pin_memory=pin_memory,
+        )  # fmt: skip
+
+
+def labelled_batches(
+    modality: Modality[Any], part: LabelledPart[Any], num_classes: int, batch: int, num_workers: int = 0
+) -> Iterator[Batch]:
+    """All of a labelled part once, without augmentation, in an order that pads little."""
+    sizes = part.samples.sizes
+    order = np.argsort(sizes, kind="stable")
+    plan = _split(0, 0, order, batch, sizes)
+    reader = _LabelledMicroBatches(modality, part, num_classes, 0, training=False)
+    yield from _loader(reader, plan, num_workers, False)

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from d2v_core import __version__, plugins
 from d2v_core.errors import UserError
@@ -13,6 +14,10 @@ from d2v_core.errors import UserError
 HELP = f"""d2v {__version__}: data2vec for any modality
 
   d2v run modality=NAME [key=value ...]      pre-train; with no data.path on the modality's own built-in data
+  d2v run stage=finetune from=RUN data.path=LABELLED [...]
+                                             train a pre-trained network on a labelled task, and score it
+  d2v run stage=probe from=RUN data.path=LABELLED [...]
+                                             score its frozen features: linear and nearest-neighbour classifiers
   d2v config modality=NAME [key=value ...]   print the resolved configuration, a sentence for each option
   d2v modalities                             what is installed, from which distribution
   d2v --version
@@ -120,10 +125,8 @@ def _run(argv: Sequence[str]) -> int:
         f"d2v {__version__}: {config.modality}, preset {config.preset}, in {folder.path}",
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip
-    from d2v_core.trainer import Trainer
-
     try:
-        return Trainer(modality, folder.path, console).fit()
+        return _stage(config.stage)(modality, folder.path, console).fit()
     except OSError as error:
         raise UserError(
             f"The run in {folder.path} stopped: {error}. If the disk is full, make room; then go on with "
@@ -132,3 +135,11 @@ def _run(argv: Sequence[str]) -> int:
     finally:
         if folder.new:  # a mistake that the first step did not survive must not stand in the way of the next try
             drop_unused(folder.path)
+
+
+def _stage(name: str) -> Any:
+    """The class that does a stage; torch is imported here."""
+    module, kind = {
+        "pretrain": ("trainer", "Trainer"), "finetune": ("finetune", "Finetuner"), "probe": ("probing", "Prober")
+    }[name]  # fmt: skip
+    return getattr(importlib.import_module(f"d2v_core.{module}"), kind)

@@ -137,6 +137,33 @@ class TrainConfig:
     probe: bool = opt(True, "End by scoring the network and its untrained twin on the modality's probe.")
 
 
+@dataclass
+class FinetuneConfig:
+    """A labelled task on top of a pre-trained network."""
+
+    weights: Literal["student", "teacher", "untrained"] = opt(
+        "student", "What to start from: the pre-trained student, its teacher, or the same network untrained."
+    )
+    dev_ratio: float = opt(0.1, "Share of the training part held back for choosing, where the data has no dev part.")
+    batch: int = opt(32, "Samples per optimizer step.")
+    micro_batch: int | None = opt(None, "Samples that run at once; null = the whole batch.")
+    pool: Literal["mean", "first"] = opt("mean", "What the head reads: the mean of the tokens, or the first one.")
+    final_norm: bool = opt(True, "Keep the transformer's last norm (pre-norm only), or leave it out.")
+    head_norm: bool = opt(False, "Layer norm of what the head reads.")
+    head_hidden: bool = opt(False, "A linear map to the same width and a tanh before the last one (BERT's pooler).")
+    head_dropout: float = opt(0.0, "Before each linear map of the head.")
+    head_init_std: float | None = opt(None, "Initial weights of the last map: normal with this; null = torch's own.")
+    label_smoothing: float = opt(0.0, "Share of each target spread over all classes.")
+    layer_decay: float = opt(1.0, "Learning rate of a block over that of the block above it; 1 = the same for all.")
+    frozen: list[str] = opt(
+        [],
+        "Parameters of the network that are never trained, by the beginning of their names, such as encoder.embedding.",
+    )
+    freeze_steps: int = opt(0, "First updates in which the head learns alone.")
+    ema_decay: float | None = opt(None, "Moving average of the weights, which is then what is scored; null = none.")
+    eval_every: int = opt(100, "Steps between scores on the dev part; the best one's weights are kept.")
+
+
 CORE_SECTIONS: Mapping[str, type] = {
     "model": ModelConfig,
     "target": TargetConfig,
@@ -145,19 +172,31 @@ CORE_SECTIONS: Mapping[str, type] = {
     "optim": OptimConfig,
     "guard": GuardConfig,
     "train": TrainConfig,
+    "finetune": FinetuneConfig,
 }
+STAGES: Mapping[str, tuple[str, ...]] = {
+    "pretrain": ("model", "target", "loss", "teacher", "optim", "guard", "train"),
+    "finetune": ("model", "optim", "train", "finetune"),
+    "probe": ("model", "train", "finetune"),
+}
+"""Each stage, and the sections that mean something to it."""
 KEYS: Mapping[str, tuple[Any, str]] = {
     "modality": ("", "What kind of data: a name that `d2v modalities` lists."),
     "preset": ("tiny", "Recipe of the modality: sizes and hyper-parameters."),
-    "stage": ("pretrain", "What to do."),
+    "stage": (
+        "pretrain",
+        "pretrain; finetune = train the network of `from` on a labelled task; probe = score its frozen features on it.",
+    ),
     "encoder": ("", "Feature encoder; empty = the recipe's."),
     "from": (None, "Run folder whose weights this run starts from, on new data; null = from scratch."),
+    "labels": (None, "How many labelled samples to train on: 500, or 10%, spread evenly over classes; null = all."),
     "out": (None, "Run folder; null = a new one under runs/."),
     "seed": (0, "Of every random choice."),
     "resume": ("never", "never = start anew in an empty folder; auto = go on with the run in `out` if there is one."),
 }
-STAGES = ("pretrain",)
 RESUME = ("never", "auto")
+DATA_OF_RUN = ("path", "split")
+"""Options of a modality's section `data` that name the data of one run and are not handed on to the next."""
 
 
 @dataclass
@@ -169,6 +208,7 @@ class RunConfig:
     stage: str
     encoder: str
     from_run: str | None
+    labels: str | None
     out: str | None
     seed: int
     resume: str
@@ -179,6 +219,7 @@ class RunConfig:
     optim: OptimConfig
     guard: GuardConfig
     train: TrainConfig
+    finetune: FinetuneConfig
     sections: dict[str, Any]
     """The modality's own sections, by name."""
     home: Path | None = None
@@ -194,7 +235,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the order in which they are documented, with the keys that the user types."""
         out: dict[str, Any] = {key: getattr(self, "from_run" if key == "from" else key) for key in KEYS}
-        for name in CORE_SECTIONS:
+        for name in STAGES[self.stage]:
             out[name] = dataclasses.asdict(getattr(self, name))
         for name, section in self.sections.items():
             out[name] = dataclasses.asdict(section)
@@ -247,6 +288,26 @@ def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig
     from d2v_core import plugins
 
     values = parse_arguments(argv)
+    stage = values.get("stage", "pretrain")
+    if stage not in STAGES:
+        hint = _hint(stage, STAGES)
+        raise UserError(f"This configuration cannot work:\n  stage={stage} must be one of: {', '.join(STAGES)}.{hint}")
+    source: Path | None = None
+    stored: dict[str, Any] = {}
+    if stage != "pretrain":
+        if not values.get("from"):
+            raise UserError(f"stage={stage} needs from=RUN, the folder of a pre-training run.")
+        source = Path(values["from"])
+        if not (source / "config.yaml").is_file():
+            raise UserError(f"from={source} is not a run folder: it has no config.yaml.")
+        stored = read_yaml(source / "config.yaml")
+        if stored.get("stage", "pretrain") != "pretrain":
+            raise UserError(
+                f"from={source} is itself the folder of stage={stored['stage']}: give its pre-training run."
+            )
+        kind = str(stored.get("modality", ""))
+        if values.setdefault("modality", kind) != kind:
+            raise UserError(f"from={source} is a run of modality={kind}, not {values['modality']}.")
     name = values.get("modality", "")
     if not name:
         raise UserError(
@@ -255,14 +316,34 @@ def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig
         )
     modality = cast("type[Modality[Any]]", (modality_of or plugins.load)(name))
     preset = values.get("preset", cast("str", KEYS["preset"][0]))
-    recipe = _read_recipe(modality, preset)
+    recipe = {} if stage == "probe" else _read_recipe(modality, preset, stage)
+    if source is not None:
+        recipe = _on_top_of(stored, recipe, ("model", "train") if stage == "probe" else ("model",))
     encoder = values.get("encoder", "") or str(recipe.get("encoder", "")) or modality.encoders[0]
     if encoder not in modality.encoders:
         raise UserError(
             f"encoder={encoder!r} is not one of {name}'s: {', '.join(modality.encoders)}."
             f"{_hint(encoder, modality.encoders)}"
         )
-    return _merge(modality, recipe, {**values, "encoder": encoder}, f"preset {preset}"), modality
+    where = f"preset {preset}" if source is None else f"{source / 'config.yaml'} or preset {preset}"
+    return _merge(modality, recipe, {**values, "encoder": encoder}, where, stage=stage), modality
+
+
+def _on_top_of(stored: Mapping[str, Any], recipe: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
+    """The network of a stored run, and what a recipe of another stage sets.
+
+    kept: the core's sections that are carried over beside the modality's. What the run trained on and what it was
+    called is not.
+    """
+    dropped = {*KEYS, *(name for name in CORE_SECTIONS if name not in kept)} - {"encoder"}
+    result: dict[str, Any] = {key: value for key, value in stored.items() if key not in dropped}
+    data = result.get("data")
+    if isinstance(data, dict):
+        result["data"] = {key: value for key, value in cast("dict[str, Any]", data).items() if key not in DATA_OF_RUN}
+    for key, value in recipe.items():
+        before = result.get(key)
+        result[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return result
 
 
 def from_dict(stored: Mapping[str, Any], modality: type[Modality[Any]], source: str) -> RunConfig:
@@ -270,7 +351,10 @@ def from_dict(stored: Mapping[str, Any], modality: type[Modality[Any]], source: 
     values = dict(stored)
     if not values.get("encoder"):
         raise UserError(f"{source} has no key `encoder`; it is not the config.yaml of a run.")
-    return _merge(modality, values, {}, source, str(values["encoder"]))
+    stage = str(values.get("stage", "pretrain"))
+    if stage not in STAGES:
+        raise UserError(f"{source}: stage={stage} is not one of: {', '.join(STAGES)}. A newer d2v may have written it.")
+    return _merge(modality, values, {}, source, str(values["encoder"]), stage)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -316,7 +400,8 @@ def check(config: RunConfig) -> RunConfig:
         within(f"model.{key}", getattr(model, key), 0.0, 0.99)
     for key in ("mlp_ratio", "norm_eps"):
         above(f"model.{key}", getattr(model, key))
-    within("target.top_k_layers", target.top_k_layers, 1, model.num_layers)
+    if "target" in STAGES[config.stage]:
+        within("target.top_k_layers", target.top_k_layers, 1, model.num_layers)
     at_least("loss.beta", config.loss.beta, 0.0)
     if config.loss.scale not in ("inverse_sqrt", "mean", "sum"):
         try:
@@ -344,10 +429,24 @@ def check(config: RunConfig) -> RunConfig:
         at_least(f"train.{key}", getattr(train, key), 0)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", train.device):
         problems.append(f"train.device={train.device} must be auto, cpu, cuda or cuda:N")
-    for key, allowed in (("stage", STAGES), ("resume", RESUME)):
-        value = getattr(config, key)
-        if value not in allowed:
-            problems.append(f"{key}={value} must be one of: {', '.join(allowed)}.{_hint(value, allowed)}")
+    if config.resume not in RESUME:
+        problems.append(f"resume={config.resume} must be one of: {', '.join(RESUME)}.{_hint(config.resume, RESUME)}")
+    tune = config.finetune
+    for key in ("batch", "eval_every"):
+        at_least(f"finetune.{key}", getattr(tune, key), 1)
+    if tune.micro_batch is not None and not 1 <= tune.micro_batch <= tune.batch:
+        problems.append(f"finetune.micro_batch={tune.micro_batch} must lie between 1 and finetune.batch={tune.batch}")
+    at_least("finetune.freeze_steps", tune.freeze_steps, 0)
+    for key in ("dev_ratio", "head_dropout", "label_smoothing"):
+        within(f"finetune.{key}", getattr(tune, key), 0.0, 0.99)
+    within("finetune.layer_decay", tune.layer_decay, 0.0, 1.0)
+    if tune.ema_decay is not None:
+        within("finetune.ema_decay", tune.ema_decay, 0.0, 1.0)
+    if config.labels is not None:
+        if config.stage == "pretrain":
+            problems.append(f"labels={config.labels} has no meaning for stage=pretrain, which uses none")
+        elif num_labels(config.labels, 10**9) < 1:
+            problems.append(f"labels={config.labels} must be a number of samples such as 500, or a share such as 10%")
     if config.resume == "auto" and config.out is None:
         problems.append("resume=auto needs out=FOLDER, the run folder to go on with")
     if problems:
@@ -355,12 +454,24 @@ def check(config: RunConfig) -> RunConfig:
     return config
 
 
-def _read_recipe(modality: type[Modality[Any]], preset: str) -> dict[str, Any]:
-    folder = modality.recipes()
+def num_labels(labels: str | None, available: int) -> int:
+    """From `labels` to a number of samples, 0 where it is no such thing; all that are available where it is None."""
+    if labels is None:
+        return available
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", labels)
+    if match is None or (not match[2] and "." in match[1]):
+        return 0
+    share = float(match[1]) / 100.0
+    return min(available, round(share * available) if match[2] else int(match[1]))
+
+
+def _read_recipe(modality: type[Modality[Any]], preset: str, stage: str) -> dict[str, Any]:
+    folder = modality.recipes() if stage == "pretrain" else modality.recipes() / stage
     path = folder / f"{preset}.yaml"
     if not path.is_file():
         names = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise UserError(f"preset={preset!r} is not one of {modality.name}'s: {', '.join(names)}.{_hint(preset, names)}")
+        of = f"{modality.name}'s" + ("" if stage == "pretrain" else f" for stage={stage}")
+        raise UserError(f"preset={preset!r} is not one of {of}: {', '.join(names) or 'none'}.{_hint(preset, names)}")
     return read_yaml(path)
 
 
@@ -370,11 +481,18 @@ def _merge(
     values: Mapping[str, str],
     source: str,
     encoder: str | None = None,
+    stage: str = "pretrain",
 ) -> RunConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     own = dict(modality.sections(encoder or values["encoder"]))
+    if stage != "pretrain":
+        own.update(modality.task_sections())
+    for key in values:
+        section = key.split(".")[0]
+        if section in CORE_SECTIONS and section not in STAGES[stage]:
+            raise UserError(f"{key}={values[key]}: stage={stage} has no section {section}.")
     clash = own.keys() & (CORE_SECTIONS.keys() | KEYS.keys())
     if clash:
         raise TypeError(f"modality {modality.name!r} declares sections that the core has: {sorted(clash)}")
@@ -396,7 +514,9 @@ def _merge(
     except OmegaConfBaseException as error:
         raise UserError(
             f"In {where}: {_reason(error, schema, base if where == source else _rename(values))}"
-            + _other_section(getattr(error, "full_key", None) or "", own)
+            + _other_section(
+                getattr(error, "full_key", None) or "", {**{n: CORE_SECTIONS[n] for n in STAGES[stage]}, **own}
+            )
             + f"\n`d2v config modality={modality.name}` lists every option with its meaning."
         ) from None
     return check(
@@ -487,12 +607,12 @@ def _hint(given: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def _other_section(key: str, own: Mapping[str, type]) -> str:
+def _other_section(key: str, sections: Mapping[str, type]) -> str:
     """Where a key was put into the wrong section, say which one has it."""
     leaf = key.rsplit(".", 1)[-1]
     homes = [
         f"{name}.{leaf}"
-        for name, kind in {**CORE_SECTIONS, **own}.items()
+        for name, kind in sections.items()
         if leaf in {f.name for f in dataclasses.fields(kind)} and f"{name}.{leaf}" != key
     ]
     return f" There is {' and '.join(homes)}." if homes else ""

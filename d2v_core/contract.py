@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d2v_core.errors import UserError
+
 if TYPE_CHECKING:
     from d2v_core.config import RunConfig
     from d2v_core.transformer import Transformer
@@ -147,8 +149,9 @@ class Tokens(_Movable):
 class Batch:
     """One micro-batch as a worker makes it.
 
-    inputs: what the feature encoder reads, by name. masks: None where no sample could be read.
+    inputs: what the feature encoder reads, by name. masks: None where no sample could be read, and for labelled data.
     ids: sample ids in row order. amount: how much data this is, in the modality's unit. skipped: (id, reason) pairs.
+    targets: of labelled data, float32: (B, C) shares of the classes, summing to 1, or (B,) values of a regression.
     """
 
     inputs: Mapping[str, Tensor]
@@ -156,15 +159,22 @@ class Batch:
     ids: tuple[str, ...] = ()
     amount: float = 0.0
     skipped: tuple[tuple[str, str], ...] = ()
+    targets: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, masks=None if self.masks is None else self.masks.to(device))
+        targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
+        return replace(
+            self, inputs=inputs, masks=None if self.masks is None else self.masks.to(device), targets=targets
+        )
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader, so that copies to a device can run beside its work."""
         inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, masks=None if self.masks is None else self.masks.pin_memory())
+        targets = None if self.targets is None else self.targets.pin_memory()
+        return replace(
+            self, inputs=inputs, masks=None if self.masks is None else self.masks.pin_memory(), targets=targets
+        )
 
 
 @dataclass(frozen=True)
@@ -200,6 +210,38 @@ class Dataset(ABC, Generic[SampleT]):
     @abstractmethod
     def __getitem__(self, index: int) -> SampleT:
         """Read one sample. Raises BadSample with the reason where it cannot be read."""
+
+
+@dataclass(frozen=True)
+class LabelledPart(Generic[SampleT]):
+    """Samples and what is to be told of each. labels: (len(samples),) int64 classes, or float32 values."""
+
+    samples: Dataset[SampleT]
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        if len(self.samples) != len(self.labels):
+            raise ValueError(f"{len(self.labels)} labels for {len(self.samples)} samples")
+
+
+@dataclass(frozen=True)
+class Task(Generic[SampleT]):
+    """A labelled task for fine-tuning and probing: one class, or one number, per sample.
+
+    classes: their names, in the order of the labels' numbers; empty = regression. metrics: names of
+    `d2v_core.scores`, the first chooses the best checkpoint. dev: None = the core holds a part of `train` back.
+    test: scored once, at the end; None where there is none. input_features: from the inputs of a batch to (B, F), the
+    raw input that any network has to beat; input_name: what it is called.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...]
+    train: LabelledPart[SampleT]
+    dev: LabelledPart[SampleT] | None = None
+    test: LabelledPart[SampleT] | None = None
+    input_name: str = ""
+    input_features: Any = None
 
 
 class FeatureEncoder(nn.Module, ABC):
@@ -283,9 +325,14 @@ class Modality(ABC, Generic[SampleT]):
         """Configuration sections that this modality adds, by name: dataclasses with a default for every field."""
 
     @classmethod
+    def task_sections(cls) -> Mapping[str, type]:
+        """Further sections for the stages that read labelled data."""
+        return {}
+
+    @classmethod
     @abstractmethod
     def recipes(cls) -> Path:
-        """Folder of the presets, NAME.yaml each."""
+        """Folder of the presets, NAME.yaml each; those of fine-tuning in its sub-folder `finetune`."""
 
     @abstractmethod
     def dataset(self, split: str) -> Dataset[SampleT]: ...
@@ -350,3 +397,32 @@ class Modality(ABC, Generic[SampleT]):
     def probe(self) -> ProbeTask | None:
         """A small labelled task that scores the result of a run, or None."""
         return None
+
+    def task(self) -> Task[SampleT]:
+        """The labelled data of `data.path`, or built-in ones. Raises UserError where there is none."""
+        raise UserError(f"The modality {self.name} has no labelled data: it can be pre-trained, not fine-tuned.")
+
+    def prepare_labelled(self, sample: SampleT, rng: np.random.Generator | None) -> SampleT:
+        """A labelled sample as `collate` takes it: augmented with `rng`, or, where that is None, always the same."""
+        del rng
+        return sample
+
+    def mix(
+        self, inputs: Mapping[str, Tensor], targets: Tensor, rng: np.random.Generator
+    ) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Blend the samples of a labelled micro-batch and their targets (mixup and the like), while training."""
+        del rng
+        return inputs, targets
+
+    def adapt(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of a pre-trained student (`encoder.`, `transformer.`) as the fine-tuned one names and shapes them."""
+        return state
+
+    def layer_of(self, name: str) -> int:
+        """Depth of a parameter of the student, for learning rates that fall towards the input.
+
+        0 = what makes the tokens, i = block number i from 1, num_layers + 1 = what comes after the blocks.
+        """
+        if name.startswith("transformer.blocks."):
+            return int(name.split(".")[2]) + 1
+        return 0 if name.startswith("encoder.") else self.config.model.num_layers + 1

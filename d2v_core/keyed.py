@@ -8,6 +8,9 @@ an interruption can change what is drawn.
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -23,3 +26,24 @@ def seed_of(seed: int, purpose: str, *ids: Key) -> int:
 def generator(seed: int, purpose: str, *ids: Key) -> np.random.Generator:
     """The NumPy generator of one choice, such as `generator(seed, "mask", epoch, sample_id)`."""
     return np.random.Generator(np.random.Philox(key=seed_of(seed, purpose, *ids)))
+
+
+@contextmanager
+def seeded(rng: np.random.Generator) -> Generator[None]:
+    """Inside, the global generators of Python, NumPy and torch follow `rng`; afterwards they are as before.
+
+    For libraries that draw from those, such as timm's augmentation.
+    """
+    import torch
+
+    seed = int(rng.integers(2**63))
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

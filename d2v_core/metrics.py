@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -88,11 +88,10 @@ class Display:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def show(self, metrics: Mapping[str, float], seconds_left: float) -> None:
-        text = (
-            f"loss {metrics['loss']:.4f}  target_std {metrics['target_std']:.2f}  pred_std {metrics['pred_std']:.2f}  "
-            f"lr {metrics['lr']:.1e}  {metrics['throughput']:.0f} {self.unit}/s"
-        )
+    def show(self, metrics: Mapping[str, float], names: Sequence[str], seconds_left: float) -> None:
+        """names: which of the metrics to show, the loss among them."""
+        text = "  ".join(f"{name} {metrics[name]:{'.4f' if name == 'loss' else '.2f'}}" for name in names)
+        text += f"  lr {metrics['lr']:.1e}  {metrics['throughput']:.0f} {self.unit}/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=metrics["step"], text=text)
             return

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2v_core.contract import ProbeTask
+from d2v_core.contract import ProbeTask, Tokens
 from d2v_core.data2vec import Student
 
 Features = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
@@ -31,16 +31,34 @@ class ProbeRow:
 @torch.no_grad()
 def layers_of(student: Student, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """[transformer input, output of block 1, ...]: (T, D) each, for a batch of one sample, without dropout."""
+    view, layers = _layers(student, inputs)
+    return [layer[0, view.num_extra :].float() for layer in layers]
+
+
+@torch.no_grad()
+def pooled_layers(student: Student, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The same of a whole batch: (B, D) float32 each, the mean over tokens that are neither extra nor padding."""
+    view, layers = _layers(student, inputs)
+    return [mean_of_tokens(replace(view, x=layer)).float() for layer in layers]
+
+
+def _layers(student: Student, inputs: Mapping[str, Tensor]) -> tuple[Tokens, list[Tensor]]:
     training = student.training
     student.eval()
     try:
         view, out = student(student.encoder.embed(inputs), None, taps=True)
-        layers = [view.x, *out.blocks]
-        if student.transformer.norm is not None:
-            layers.append(out.x)
-        return [layer[0, view.num_extra :].float() for layer in layers]
     finally:
         student.train(training)
+    return view, [view.x, *out.blocks, *([] if student.transformer.norm is None else [out.x])]
+
+
+def mean_of_tokens(tokens: Tokens) -> Tensor:
+    """(B, E + T, D) -> (B, D): the mean of what is neither an extra token nor padding."""
+    x = tokens.x[:, tokens.num_extra :]
+    if tokens.padding_mask is None:
+        return x.mean(1)
+    keep = ~tokens.padding_mask[:, tokens.num_extra :, None]
+    return (x * keep).sum(1) / keep.sum(1)
 
 
 def run_probe(task: ProbeTask, systems: Mapping[str, Features]) -> list[ProbeRow]:
@@ -106,6 +124,24 @@ def fit_linear(x: Tensor, y: Tensor, num_classes: int, l2: float, iterations: in
 
     def classify(features: Tensor) -> Tensor:
         return F.linear((features - mean) / std, fitted_weight, fitted_bias)
+
+    return classify
+
+
+def fit_knn(x: Tensor, y: Tensor, num_classes: int, k: int, temperature: float = 0.07) -> Callable[[Tensor], Tensor]:
+    """Votes of the k nearest of x (N, F) by cosine, weighted by exp(cosine / temperature); returns x -> votes (M, C).
+
+    The form and the temperature are those of Wu et al. 2018 (arXiv:1805.01978), which DINO made customary.
+    """
+    bank, hot = F.normalize(x, dim=1), F.one_hot(y, num_classes).float()
+    k = min(k, len(x))
+
+    def classify(features: Tensor) -> Tensor:
+        votes: list[Tensor] = []
+        for part in torch.split(F.normalize(features, dim=1), 1024):  # the matrix of all pairs may be large
+            cosine, nearest = torch.topk(part @ bank.T, k)
+            votes.append(torch.einsum("mk,mkc->mc", torch.exp((cosine - 1.0) / temperature), hot[nearest]))
+        return torch.cat(votes)
 
     return classify
 

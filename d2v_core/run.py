@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,11 @@ from d2v_core.transformer import Transformer
 def build_model(modality: Modality[Any]) -> Data2Vec:
     """The network of a configuration with its initial weights, which depend on the seed alone."""
     config = modality.config
-    with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
-        torch.default_generator.manual_seed(seed_of(config.seed, "init"))
-        transformer = Transformer(config.model)
-        modality.init_transformer(transformer)
+    with initial_weights(config.seed, "init"):
+        transformer, encoder = _transformer(modality), modality.feature_encoder()
         try:
             return Data2Vec(
-                modality.feature_encoder(),
+                encoder,
                 transformer,
                 modality.predictor(),
                 TopKTargets(config.target),
@@ -42,6 +41,27 @@ def build_model(modality: Modality[Any]) -> Data2Vec:
             raise UserError(f"This configuration cannot work: {error}") from error
 
 
+def build_student(modality: Modality[Any]) -> Student:
+    """The part of `build_model` that outlives pre-training, with the same initial weights."""
+    with initial_weights(modality.config.seed, "init"):
+        transformer = _transformer(modality)
+        return Student(modality.feature_encoder(), transformer)
+
+
+@contextmanager
+def initial_weights(seed: int, purpose: str) -> Generator[None]:
+    """Inside, torch draws from a generator of this seed and purpose; afterwards it goes on as before."""
+    with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+        torch.default_generator.manual_seed(seed_of(seed, purpose))
+        yield
+
+
+def _transformer(modality: Modality[Any]) -> Transformer:
+    transformer = Transformer(modality.config.model)
+    modality.init_transformer(transformer)
+    return transformer
+
+
 def model_state(model: Data2Vec) -> dict[str, Tensor]:
     """Student and predictor, without the teacher."""
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("teacher.")}
@@ -49,7 +69,11 @@ def model_state(model: Data2Vec) -> dict[str, Tensor]:
 
 def load_model_state(model: Data2Vec, state: Mapping[str, Tensor], source: str) -> None:
     """Raises UserError naming tensors that are missing, unknown or of another shape."""
-    own = model_state(model)
+    load_state(model_state(model), state, source)
+
+
+def load_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into the tensors of `own`. Raises UserError as `load_model_state` does."""
     wrong = [f"{n}: stored {tuple(state[n].shape)}, expected {tuple(own[n].shape)}" for n in own.keys() & state.keys()
              if own[n].shape != state[n].shape]  # fmt: skip
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -102,7 +126,7 @@ class LoadedRun(nn.Module):
 
 
 def load(run: str | Path, *, untrained: bool = False, teacher: bool = False) -> LoadedRun:
-    """The encoder of a run folder at its newest checkpoint.
+    """The encoder of a run folder at its newest checkpoint, or, of a fine-tuning run, at its best one.
 
     untrained: the same network with its initial weights instead, for comparison. teacher: the averaged weights.
     Raises UserError where there is no run, no checkpoint, or its files do not fit.
@@ -110,6 +134,12 @@ def load(run: str | Path, *, untrained: bool = False, teacher: bool = False) -> 
     run = Path(run)
     config, kind = load_config_of(run)
     modality = kind(config)
+    if config.stage == "probe":
+        raise UserError(f"{run} is the folder of stage=probe, which trains nothing: give the run that it scored.")
+    if config.stage == "finetune":
+        if teacher:
+            raise UserError(f"{run} is a fine-tuning run: it has no teacher.")
+        return _load_finetuned(run, modality, untrained)
     model = build_model(modality)
     step = 0
     if not untrained:
@@ -121,3 +151,24 @@ def load(run: str | Path, *, untrained: bool = False, teacher: bool = False) -> 
     student = model.teacher.module if teacher else model.student
     assert isinstance(student, Student)
     return LoadedRun(config, modality, student, step)
+
+
+def _load_finetuned(run: Path, modality: Modality[Any], untrained: bool) -> LoadedRun:
+    student = build_student(modality)
+    step = 0
+    if not modality.config.finetune.final_norm:
+        student.transformer.norm = None
+    if not untrained:
+        folder = best_checkpoint(run)
+        stored = {n[len("student.") :]: t for n, t in checkpoint.load(folder).model.items() if n.startswith("student.")}
+        load_state(student.state_dict(), stored, str(folder))
+        step = checkpoint.step_of(folder)
+    return LoadedRun(modality.config, modality, student, step)
+
+
+def best_checkpoint(run: Path) -> Path:
+    """Of a fine-tuning run. Raises UserError where it has not been scored yet."""
+    found = checkpoint.list_checkpoints(run / "best")
+    if not found:
+        raise UserError(f"{run} has no weights in {run / 'best'} yet: they are written at the first score.")
+    return found[-1]

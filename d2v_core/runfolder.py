@@ -77,7 +77,8 @@ def drop_unused(path: Path) -> None:
 
 
 def _new_name(config: RunConfig) -> Path:
-    stem = f"{config.modality}-{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    what = config.preset if config.stage == "pretrain" else config.stage
+    stem = f"{config.modality}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = Path("runs") / stem
     number = 2
     while path.exists():
@@ -112,7 +113,8 @@ def _compare(stored: Mapping[str, Any], config: RunConfig, path: Path) -> None:
         lines = "\n  ".join(f"{key}: stored {old!r}, now {new!r}" for key, (old, new) in sorted(changed.items()))
         raise UserError(
             f"The run in {path} has another configuration, and resuming it would mix the two:\n  {lines}\n"
-            f"Give the stored values, or start a new run with from={path}."
+            "Give the stored values, or start a new run"
+            + (f" with from={path}." if stored.get("stage", "pretrain") == "pretrain" else " with another out=FOLDER.")
         )
 
 

@@ -119,7 +119,7 @@ def steps_in(run: Path) -> list[int]:
         ),
         ("modality=", ["modality is missing", "modality=NAME", "Installed: audio"]),
         ("preset=tinny", ["preset='tinny' is not one of audio's: base, large,", "Did you mean tiny?"]),
-        ("stage=pretran", ["stage=pretran must be one of: pretrain.", "Did you mean pretrain?"]),
+        ("stage=pretran", ["stage=pretran must be one of: pretrain, finetune, probe.", "Did you mean pretrain?"]),
         ("encoder=logml", ["encoder='logml' is not one of audio's: logmel, waveform.", "Did you mean logmel?"]),
         ("resume=auto", ["resume=auto needs out=FOLDER"]),
         ("resume=yes", ["resume=yes must be one of: never, auto."]),

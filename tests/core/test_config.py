@@ -187,7 +187,7 @@ def test_every_field_has_a_sentence():
         ("train.keep_checkpoints=0", "train.keep_checkpoints=0 must be at least 1"),
         ("train.num_workers=-1", "train.num_workers=-1 must be at least 0"),
         ("train.device=gpu", "train.device=gpu must be auto, cpu, cuda or cuda:N"),
-        ("stage=pretrian", "stage=pretrian must be one of: pretrain. Did you mean pretrain?"),
+        ("stage=pretrian", "stage=pretrian must be one of: pretrain, finetune, probe. Did you mean pretrain?"),
         ("resume=atuo", "resume=atuo must be one of: never, auto. Did you mean auto?"),
         ("resume=auto", "resume=auto needs out=FOLDER"),
     ],

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from d2v_core.checkpoint import list_checkpoints
 from d2v_core.config import load_config
 from d2v_core.errors import UserError
+from d2v_core.loop import pick_device
 from d2v_core.schedules import lr_at
-from d2v_core.trainer import pick_device
 
 
 def words(out: Path, *more: str) -> list[str]:

@@ -20,7 +20,7 @@ from torch import nn
 from d2v_audio import official
 from d2v_audio.feature_encoder import AudioEncoder
 from d2v_audio.modality import AudioModality
-from d2v_core import masking, schedules, targets, trainer
+from d2v_core import loop, masking, schedules, targets, trainer
 from d2v_core.contract import Masks, Tokens
 from d2v_core.data2vec import Data2Vec
 from d2v_core.loss import RegressionLoss
@@ -332,29 +332,29 @@ def gradients_not_divided_by_the_masked_places(patch: pytest.MonkeyPatch) -> Non
 
 @updates("after1.student.", "after3.student.")
 def learning_rate_warmed_up(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, trainer, "lr_at", lambda original, *args: 0.9 * original(*args))
+    wrap(patch, loop, "lr_at", lambda original, *args: 0.9 * original(*args))
 
 
 @updates("after3.student.")
 def weight_decay_dropped(patch: pytest.MonkeyPatch) -> None:
     wrap(
-        patch, trainer, "make_optimizer",
-        lambda original, model, config: original(model, dataclasses.replace(config, weight_decay=0.0)),
+        patch, loop, "make_optimizer",
+        lambda original, model, config, scale_of: original(model, dataclasses.replace(config, weight_decay=0.0)),
     )  # fmt: skip
 
 
 @updates("log 2 loss_mean", "final.loss_sum")
 def moments_of_torch_defaults(patch: pytest.MonkeyPatch) -> None:
     wrap(
-        patch, trainer, "make_optimizer",
-        lambda original, model, config: original(model, dataclasses.replace(config, betas=[0.9, 0.999])),
+        patch, loop, "make_optimizer",
+        lambda original, model, config, scale_of: original(model, dataclasses.replace(config, betas=[0.9, 0.999])),
     )  # fmt: skip
 
 
 @updates("after1.student.")
 def epsilon_added_after_the_bias_correction(patch: pytest.MonkeyPatch) -> None:
     wrap(
-        patch, trainer, "set_step",
+        patch, loop, "set_step",
         lambda original, optimizer, lr, step, config: original(
             optimizer, lr, step, dataclasses.replace(config, official_eps=False)
         ),

@@ -14,7 +14,19 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2v_core import BadSample, Batching, Dataset, FeatureEncoder, Layout, Masks, Modality, SpanMasking, Tokens
+from d2v_core import (
+    BadSample,
+    Batching,
+    Dataset,
+    FeatureEncoder,
+    LabelledPart,
+    Layout,
+    Masks,
+    Modality,
+    SpanMasking,
+    Task,
+    Tokens,
+)
 from d2v_core.config import ModelConfig, opt
 from d2v_core.hookspecs import hookimpl
 from d2v_core.keyed import generator
@@ -38,6 +50,16 @@ class ToyConfig:
     extra_tokens: int = opt(0, "Learned tokens in front of each sequence.")
 
 
+@dataclass
+class ToyTaskConfig:
+    """Which of its classes a sequence has: each has an offset of its own in channel 0."""
+
+    num_classes: int = opt(3, "Classes; 1 = the offset itself is asked for, a number.")
+    signal: float = opt(2.0, "Distance between the offsets.")
+    bad_test: bool = opt(False, "Make the first sample of the test part unreadable.")
+    mixed: bool = opt(False, "Blend each sample of a batch with its neighbour while training.")
+
+
 class ToyDataset(Dataset[np.ndarray]):
     """(size, CHANNELS) arrays; TOY_DELAY in the environment makes reading slow."""
 
@@ -54,6 +76,24 @@ class ToyDataset(Dataset[np.ndarray]):
         if index in self.config.bad:
             raise BadSample(f"sample {index} is broken on purpose")
         return generator(0, "toy", index).normal(size=(int(self.sizes[index]), CHANNELS)).astype(np.float32)
+
+
+class ToyLabelled(Dataset[np.ndarray]):
+    """Sequences of noise of 12 to 23 tokens with an offset."""
+
+    def __init__(self, part: str, offsets: np.ndarray, bad: bool = False) -> None:
+        self.part, self.offsets, self.bad = part, offsets, bad
+        self.sizes = 12 + np.arange(len(offsets), dtype=np.int64) * 7 % 12
+
+    def id(self, index: int) -> str:
+        return f"{self.part}-{index}"
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self.bad and index == 0:
+            raise BadSample("broken on purpose")
+        x = generator(0, self.part, index).normal(size=(int(self.sizes[index]), CHANNELS)).astype(np.float32)
+        x[:, 0] += self.offsets[index]
+        return x
 
 
 class ToyEncoder(FeatureEncoder):
@@ -100,6 +140,40 @@ class ToyModality(Modality[np.ndarray]):
     @classmethod
     def sections(cls, encoder: str) -> Mapping[str, type]:
         return {"data": ToyConfig, "mask": SpanMaskingConfig}
+
+    @classmethod
+    def task_sections(cls) -> Mapping[str, type]:
+        return {"offsets": ToyTaskConfig}
+
+    def task(self) -> Task[np.ndarray]:
+        task = self.config.section("offsets", ToyTaskConfig)
+
+        def part(name: str, count: int) -> LabelledPart[np.ndarray]:
+            labels = np.arange(count) % max(task.num_classes, 2)
+            offsets = task.signal * labels
+            data = ToyLabelled(name, offsets, task.bad_test and name == "test")
+            return LabelledPart(data, labels if task.num_classes > 1 else offsets.astype(np.float32))
+
+        regression = task.num_classes == 1
+        return Task(
+            name="offsets",
+            classes=() if regression else tuple(f"class-{i}" for i in range(task.num_classes)),
+            metrics=("pearson_spearman", "pearson") if regression else ("accuracy",),
+            train=part("train", 60),
+            test=part("test", 31),
+            input_name="channel means",
+            input_features=lambda inputs: inputs["x"].mean(1),
+        )
+
+    def prepare_labelled(self, sample: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        return sample if rng is None else sample + 0.1 * rng.normal(size=sample.shape).astype(np.float32)
+
+    def mix(self, inputs, targets, rng):
+        if not self.config.section("offsets", ToyTaskConfig).mixed:
+            return inputs, targets
+        share = float(rng.random())
+        x = share * inputs["x"] + (1 - share) * inputs["x"].roll(1, 0)
+        return {**inputs, "x": x}, share * targets + (1 - share) * targets.roll(1, 0)
 
     @classmethod
     def recipes(cls) -> Path:

@@ -1,0 +1,405 @@
+"""The loop that every kind of training shares: batch, update, log, watch, save, stop and go on.
+
+What is learned, and from what, is a stage's own: pre-training (`trainer.py`) and fine-tuning (`finetune.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor, nn
+
+from d2v_core import checkpoint
+from d2v_core.batching import Steps
+from d2v_core.config import RunConfig
+from d2v_core.contract import Batch, Modality
+from d2v_core.errors import UserError
+from d2v_core.keyed import seed_of
+from d2v_core.metrics import Display, MetricsFile, TensorBoard
+from d2v_core.optim import make_optimizer, set_step
+from d2v_core.schedules import lr_at
+from d2v_core.transformer import Block
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class OptimizerStep:
+    """One optimizer update from a step's micro-batches. Owns the optimizer and the loss scaler.
+
+    scale_of: factor of the learning rate by parameter name; 1 for all where it is None.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: RunConfig, device: torch.device, scale_of: Callable[[str], float] | None = None
+    ) -> None:
+        self.config, self.device = config, device
+        self.optimizer = make_optimizer(model, config.optim, scale_of)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.dtype = AUTOCAST[config.train.precision]
+        self.scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.num_bad = torch.zeros((), device=device)
+
+    def step(
+        self, step: int, batches: Sequence[Batch], count: Callable[[Batch], int], forward: Callable[[Batch], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The update that follows `step` completed ones; returns mean loss and gradient norm, both ().
+
+        count: over how many things `forward` sums the loss of a micro-batch. The objective is the mean over all of
+        them in all micro-batches. Their number is known only at the end, so gradients are taken of sums over a first
+        guess and corrected once.
+        """
+        config = self.config
+        _seed(seed_of(config.seed, "step", step))  # dropout: the same after a resume
+        set_step(self.optimizer, lr_at(step, config.train.max_steps, config.optim), step, config.optim)
+        self.optimizer.zero_grad(set_to_none=True)
+        guess = max(count(batches[0]) * len(batches), 1)
+        total = sum(count(batch) for batch in batches)
+        loss_sum = torch.zeros((), device=self.device)
+        for batch in batches:
+            batch = batch.to(self.device)
+            with self.autocast():
+                loss = forward(batch)
+            self.scaler.scale(loss / guess).backward()  # pyright: ignore[reportUnknownMemberType]
+            loss_sum += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        if total != guess:
+            torch._foreach_mul_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+                [p.grad for p in self.parameters if p.grad is not None], guess / total
+            )
+        limit = config.optim.clip_grad_norm
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        finite = loss_sum.isfinite()
+        if not self.scaler.is_enabled():  # a scaler meets infinite gradients as a matter of course
+            finite = finite & grad_norm.isfinite()
+        self.num_bad += ~finite
+        return loss_sum / total, grad_norm
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
+@dataclass
+class Progress:
+    """Where a run stands. epoch, epoch_step: the next batch. All of it goes into a checkpoint.
+
+    best_score, best_step: of a stage that scores itself while it trains; the latter 0 before the first score.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    seconds: float = 0.0
+    amount: float = 0.0
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    best_score: float = 0.0
+    best_step: int = 0
+
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class Loop(ABC, Generic[ModelT]):
+    """A run in a folder. `fit` returns the exit status. A stage gives the methods that are abstract here.
+
+    build: model, optimizer and data, before anything is restored. `dataset_size` samples are what `steps` draws from.
+    """
+
+    model: ModelT
+    optimizer_step: OptimizerStep
+    dataset_size: int
+    description: str = ""
+
+    def __init__(self, modality: Modality[Any], out: Path, console: Console) -> None:
+        self.modality, self.config, self.out, self.console = modality, modality.config, out, console
+        self.device = pick_device(self.config)
+        if self.config.train.num_threads:
+            torch.set_num_threads(self.config.train.num_threads)
+        self.progress = Progress()
+        self._unread: set[str] = set()
+        self._signal: int | None = None
+        self._asked = 0.0
+
+    @abstractmethod
+    def build(self, fresh: bool) -> None:
+        """Make `model` on its device in train mode, and `optimizer_step`. fresh: no checkpoint will be restored."""
+
+    @abstractmethod
+    def open_data(self) -> None:
+        """Set `dataset_size` and `description`. Raises UserError where there is nothing to learn from."""
+
+    @abstractmethod
+    def steps(self) -> Steps:
+        """Batches from where `progress` stands."""
+
+    @abstractmethod
+    def usable(self, batch: Batch) -> bool:
+        """Whether there is anything in a batch to learn from."""
+
+    @abstractmethod
+    def update(self, batches: Sequence[Batch]) -> Callable[[], dict[str, float]]:
+        """One update; the function returned reads its numbers, `loss` first, which waits for the device."""
+
+    def schedules(self, step: int) -> dict[str, float]:
+        """What follows from the number of completed updates and belongs into the metrics."""
+        del step
+        return {}
+
+    def guard(self, metrics: Mapping[str, float]) -> None:
+        """Raises UserError where going on is of no use."""
+        del metrics
+
+    def after_step(self) -> None:
+        """Called after every update."""
+        return
+
+    @abstractmethod
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What model.safetensors and teacher.safetensors of a checkpoint hold."""
+
+    @abstractmethod
+    def load_tensors(self, stored: checkpoint.Checkpoint, source: str) -> None: ...
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Score the result, write summary.json and say what can be done next."""
+
+    def fit(self) -> int:
+        train = self.config.train
+        found = checkpoint.list_checkpoints(self.out / "checkpoints")
+        self.build(not found)  # before the data, which may take long to look through
+        if found:
+            self._restore(found[-1])
+        self.open_data()
+        self.say(escape(self.description))
+        if train.compile:
+            for module in self.model.modules():
+                if isinstance(module, Block):
+                    module.compile()  # pyright: ignore[reportUnknownMemberType]
+        with self._signals(), Display(self.console, train.max_steps, self.progress.step, self.modality.unit) as display:
+            finished = self._loop(display)
+        if not finished:
+            self.save()
+            name = signal.Signals(self._signal or signal.SIGINT).name
+            self.say(
+                f"\nStopped by {name} after step {self.progress.step} of {train.max_steps}; a checkpoint is saved. "
+                f"Go on with the same command and [bold]out={escape(str(self.out))} resume=auto[/bold]."
+            )
+            return INTERRUPTED if name == "SIGINT" else TERMINATED
+        self.save()
+        self.finish()
+        return 0
+
+    def say(self, text: str) -> None:
+        """With rich's markup: names of files and folders, which may hold brackets, come escaped."""
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+    def _loop(self, display: Display) -> bool:
+        """True when max_steps is reached, False when a signal asked to stop."""
+        config, train, progress = self.config, self.config.train, self.progress
+        loader = self.steps()
+        metrics_file = MetricsFile(self.out / "metrics.jsonl", progress.step)
+        writers = [metrics_file, *([TensorBoard(self.out / "tensorboard", progress.step)] if train.tensorboard else [])]
+        base, started, first_step = progress.seconds, time.perf_counter(), progress.step
+        since, amount, waited, idle = started, 0.0, 0.0, 0
+        batches = iter(loader)
+        try:
+            while progress.step < train.max_steps:
+                if self._signal is not None:
+                    return False
+                asked = time.perf_counter()
+                epoch, epoch_step, step_batches = next(batches)
+                waited += time.perf_counter() - asked
+                progress.epoch, progress.epoch_step = epoch, epoch_step + 1
+                usable = self._usable(step_batches)
+                idle = 0 if usable else idle + 1
+                if idle > loader.steps_per_epoch:
+                    raise UserError(
+                        f"Nothing to learn from: {idle} steps in a row, a whole epoch, have no token to predict. "
+                        "Either no sample can be read, or the options of the masks hide nothing."
+                    )
+                if not usable:
+                    continue
+                read_numbers = self.update(usable)
+                amount += sum(batch.amount for batch in usable)
+                progress.step += 1
+                progress.amount += sum(batch.amount for batch in usable)
+                display.advance(progress.step)
+                if progress.step % train.log_every == 0 or progress.step == train.max_steps or progress.step == 1:
+                    values = read_numbers()
+                    now = time.perf_counter()
+                    progress.seconds = base + now - started
+                    metrics: dict[str, float] = {
+                        "step": progress.step,
+                        **values,
+                        **self.schedules(progress.step - 1),
+                        "lr": lr_at(progress.step - 1, train.max_steps, config.optim),
+                        "epoch": progress.epoch,
+                        "throughput": amount / (now - since),
+                        "data_wait": waited / (now - since),
+                        "skipped": len(progress.skipped),
+                        "seconds": progress.seconds,
+                    }
+                    since, amount, waited = now, 0.0, 0.0
+                    for writer in writers:
+                        writer.write(metrics)
+                    rate = (progress.seconds - base) / (progress.step - first_step)
+                    shown = [name for name in values if name not in ("grad_norm", "masked")]
+                    display.show(metrics, shown, rate * (train.max_steps - progress.step))
+                    self._check_finite(metrics)
+                    self.guard(metrics)
+                self.after_step()
+                if progress.step % train.checkpoint_every == 0 and progress.step < train.max_steps:
+                    progress.seconds = base + time.perf_counter() - started
+                    self.save()
+            progress.seconds = base + time.perf_counter() - started
+            return True
+        finally:
+            batches.close()  # ends the workers
+            for writer in writers:
+                writer.close()
+
+    def _usable(self, batches: Sequence[Batch]) -> list[Batch]:
+        for batch in batches:
+            self.note_skipped(batch)
+            self._unread.update(name for name, _ in batch.skipped)
+        if len(self._unread) == self.dataset_size:
+            raise UserError(
+                f"None of the {self.dataset_size} samples can be read; the first: {next(iter(self.progress.skipped))}"
+            )
+        return [batch for batch in batches if self.usable(batch)]
+
+    def note_skipped(self, batch: Batch) -> None:
+        for name, reason in batch.skipped:
+            if name not in self.progress.skipped:
+                self.progress.skipped[name] = reason
+                self.say(f"[yellow]skipped[/yellow] {escape(f'{name}: {reason}')}")
+
+    def _check_finite(self, metrics: Mapping[str, float]) -> None:
+        if self.optimizer_step.num_bad > 0:
+            raise UserError(
+                f"At step {int(metrics['step'])} the loss is {metrics['loss']} and the gradient norm "
+                f"{metrics['grad_norm']}"
+                + (
+                    ""
+                    if math.isnan(metrics["loss"] + metrics["grad_norm"])
+                    else ", and a step shortly before was not finite"
+                )
+                + ". Lower optim.lr, set optim.clip_grad_norm=1, or use train.precision=fp32 if it is not. "
+                f"Older checkpoints in {self.out / 'checkpoints'} are intact."
+            )
+
+    def save(self) -> None:
+        if self.optimizer_step.num_bad > 0:
+            raise UserError(
+                f"By step {self.progress.step} a loss or gradient was not finite, so no checkpoint is written. Lower "
+                "optim.lr, set optim.clip_grad_norm=1, or use train.precision=fp32 if it is not. Older checkpoints in "
+                f"{self.out / 'checkpoints'} are intact."
+            )
+        self.write_checkpoint(self.out / "checkpoints", self.config.train.keep_checkpoints)
+
+    def write_checkpoint(self, root: Path, keep: int) -> None:
+        """Everything that going on takes. Raises UserError where it cannot be written."""
+        state = {
+            "optimizer": self.optimizer_step.optimizer.state_dict(),
+            "scaler": self.optimizer_step.scaler.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+            "num_threads": torch.get_num_threads(),
+        }
+        stored = checkpoint.Checkpoint(*self.tensors(), state)
+        try:
+            self.modality.keep(self.out)
+            checkpoint.save(root, self.progress.step, stored, keep)
+        except OSError as error:
+            raise UserError(
+                f"The checkpoint of step {self.progress.step} cannot be written to {root}: {error}."
+                " Older checkpoints are intact; make room and go on with resume=auto."
+            ) from error
+
+    def _restore(self, folder: Path) -> None:
+        stored = checkpoint.load(folder, self.device)
+        self.load_tensors(stored, str(folder))
+        self.optimizer_step.optimizer.load_state_dict(stored.state["optimizer"])
+        self.optimizer_step.scaler.load_state_dict(stored.state["scaler"])
+        self.progress = Progress(**stored.state["progress"])
+        self.say(escape(f"Going on from {folder}."))
+        if stored.state["num_threads"] != torch.get_num_threads():
+            self.say(
+                f"[yellow]note[/yellow] this run used {stored.state['num_threads']} CPU threads, now there are "
+                f"{torch.get_num_threads()}: results will differ in their last bits."
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds for every stage."""
+        progress = self.progress
+        return {
+            "modality": self.modality.name,
+            "preset": self.config.preset,
+            "stage": self.config.stage,
+            "steps": progress.step,
+            "wall_seconds": round(progress.seconds, 2),
+            "amount": round(progress.amount, 1),
+            "unit": self.modality.unit,
+            "epochs": progress.epoch,
+            "data": self.description,
+            "skipped": progress.skipped,
+        }
+
+    @contextmanager
+    def _signals(self) -> Generator[None]:
+        """The first SIGINT or SIGTERM lets the step end and saves; one more, a second later or after, stops at once.
+
+        Launchers such as `timeout` pass a signal on that the whole group has had already: that is still the first.
+        """
+
+        def ask(number: int, frame: object) -> None:
+            del frame
+            if self._signal is None:
+                self._signal, self._asked = number, time.monotonic()
+            elif time.monotonic() - self._asked > 1.0:
+                raise KeyboardInterrupt
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def pick_device(config: RunConfig) -> torch.device:
+    """Raises UserError where the device is not there or cannot do the precision."""
+    name = config.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"train.device={name}, but torch sees no CUDA device. Use train.device=cpu or auto.")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise UserError(
+            f"train.device={name}, but there are {torch.cuda.device_count()} CUDA devices, counted from 0. Use a lower "
+            "number or auto."
+        )
+    if name == "cpu" and config.train.precision == "fp16":
+        raise UserError("train.precision=fp16 needs a GPU. On a CPU use bf16 or fp32.")
+    return torch.device(name)
