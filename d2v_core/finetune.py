@@ -269,11 +269,11 @@ def _averaged(model: nn.Module, decay: float) -> AveragedModel:
 def write_predictions(path: Path, outputs: Outputs, classes: Sequence[str]) -> None:
     """One line per sample: id, label, prediction, and the probability of what was predicted where there are classes."""
     lines = ["id\tlabel\tpredicted" + ("\tprobability" if classes else "")]
-    probabilities = torch.as_tensor(outputs.logits).softmax(1).numpy()
-    rows = sorted(zip(outputs.ids, outputs.labels, outputs.predicted, probabilities.max(1), strict=True))
-    for name, label, predicted, probability in rows:
+    probability = torch.as_tensor(outputs.logits).softmax(1).amax(1).tolist()
+    rows = sorted(zip(outputs.ids, outputs.labels.tolist(), outputs.predicted.tolist(), probability, strict=True))
+    for name, label, predicted, share in rows:
         if classes:
-            lines.append(f"{name}\t{classes[int(label)]}\t{classes[int(predicted)]}\t{probability:.4f}")
+            lines.append(f"{name}\t{classes[int(label)]}\t{classes[int(predicted)]}\t{share:.4f}")
         else:
             lines.append(f"{name}\t{label:g}\t{predicted:g}")
     temporary = path.with_suffix(".tmp")

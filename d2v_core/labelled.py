@@ -105,14 +105,13 @@ def draw(labels: np.ndarray, classes: bool, count: int, seed: int, purpose: str)
     rng = generator(seed, purpose)
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)] if classes else [np.arange(len(labels))]
     shares = np.array([len(group) for group in groups]) * count / max(len(labels), 1)
-    counts = np.floor(shares).astype(int)
-    if count >= len(groups):
-        counts = np.maximum(counts, 1)
+    least = 1 if count >= len(groups) else 0
+    counts = np.maximum(np.floor(shares).astype(int), least)
     by_remainder = np.argsort(counts - shares, kind="stable")  # first those that are furthest below their share
     for i in by_remainder[: max(count - int(counts.sum()), 0)]:
         counts[i] += 1
     while counts.sum() > count:
-        counts[int(np.argmax(counts - shares))] -= 1
+        counts[int(np.argmax(np.where(counts > least, counts - shares, -np.inf)))] -= 1
     chosen = np.concatenate([rng.permutation(group)[:n] for group, n in zip(groups, counts, strict=True)])
     chosen.sort()
     return chosen, np.setdiff1d(np.arange(len(labels)), chosen)
