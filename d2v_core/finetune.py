@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,7 +112,7 @@ class Outputs:
     logits: np.ndarray
     labels: np.ndarray
 
-    @property
+    @cached_property
     def predicted(self) -> np.ndarray:
         return self.logits[:, 0] if self.logits.shape[1] == 1 else self.logits.argmax(1)
 
@@ -263,17 +264,18 @@ def _num_targets(batch: Batch) -> int:
 
 
 def _averaged(model: nn.Module, decay: float) -> AveragedModel:
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    return AveragedModel(model, multi_avg_fn=cast("Any", get_ema_multi_avg_fn(decay)))
 
 
 def write_predictions(path: Path, outputs: Outputs, classes: Sequence[str]) -> None:
     """One line per sample: id, label, prediction, and the probability of what was predicted where there are classes."""
     lines = ["id\tlabel\tpredicted" + ("\tprobability" if classes else "")]
-    probability = torch.as_tensor(outputs.logits).softmax(1).amax(1).tolist()
-    rows = sorted(zip(outputs.ids, outputs.labels.tolist(), outputs.predicted.tolist(), probability, strict=True))
-    for name, label, predicted, share in rows:
+    exponentials = np.exp(outputs.logits - outputs.logits.max(1, keepdims=True))
+    shares = exponentials.max(1) / exponentials.sum(1)
+    for i in sorted(range(len(outputs.ids)), key=lambda i: outputs.ids[i]):
+        name, label, predicted = outputs.ids[i], outputs.labels[i], outputs.predicted[i]
         if classes:
-            lines.append(f"{name}\t{classes[int(label)]}\t{classes[int(predicted)]}\t{share:.4f}")
+            lines.append(f"{name}\t{classes[int(label)]}\t{classes[int(predicted)]}\t{shares[i]:.4f}")
         else:
             lines.append(f"{name}\t{label:g}\t{predicted:g}")
     temporary = path.with_suffix(".tmp")
