@@ -83,11 +83,16 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: " ".join(value).replace("/", "|"))
-def test_a_command_parses(page: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_parses(page: str, words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     verb, rest = words[1], words[2:]
     if verb in ("run", "config"):
         theirs = YOURS - {"out"} if "resume=auto" in rest else YOURS
-        config, _ = load_config([word for word in rest if word.split("=")[0] not in theirs])
+        given = [word for word in rest if word.split("=")[0] not in theirs]
+        if any(word.startswith("stage=") for word in given):  # such a stage reads the run that it starts from
+            names = [word for word in given if word.startswith("modality=")] or ["modality=audio"]
+            (tmp_path / "config.yaml").write_text(load_config(names)[0].to_yaml())
+            given.append(f"from={tmp_path}")
+        config, _ = load_config(given)
         assert config.modality
     elif verb in {command.name for command in plugins.installed(plugins.COMMANDS)}:
         known = {name.strip("=") for name in _options_in_help(verb, capsys)}
