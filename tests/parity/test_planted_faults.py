@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+import d2v_core.official
 from d2v_audio import official
 from d2v_audio.feature_encoder import AudioEncoder
 from d2v_audio.modality import AudioModality
@@ -213,7 +214,7 @@ def approximate_gelu(patch: pytest.MonkeyPatch) -> None:
 
 @step("student.layer0.block", "out.pred")
 def queries_and_keys_swapped(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(official, "_PARTS", "kqv")
+    patch.setattr(d2v_core.official, "STACKED", "kqv")
 
 
 @step("student.layer0.block")

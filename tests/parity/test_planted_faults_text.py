@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import d2v_core.official
 from d2v_core import targets
 from d2v_core.contract import Masks, Tokens
 from d2v_core.data2vec import Data2Vec
@@ -260,7 +261,7 @@ def visible_places_in_the_loss(patch: pytest.MonkeyPatch) -> None:
 
 @fault("student_layer.0", "pred")
 def queries_and_keys_swapped(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(official, "_PARTS", "kqv")
+    patch.setattr(d2v_core.official, "STACKED", "kqv")
 
 
 @fault("target")
