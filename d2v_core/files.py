@@ -84,6 +84,21 @@ def first(items: Sequence[str], separator: str, count: int = 5, more: str = "and
     return separator.join(shown).encode("utf-8", "backslashreplace").decode()
 
 
+def check_bad_files(
+    bad: Sequence[str], total: int, max_bad_ratio: float, what: str, given: str | Path, more: str = "and {} more"
+) -> None:
+    """`check_bad_ratio` of files. bad: names with reasons. total: how many `what` data.path=`given` has, above 0."""
+    check_bad_ratio(
+        len(bad),
+        total,
+        max_bad_ratio,
+        found=f"{KEY}={given}: {len(bad)} of {total} {what} ({len(bad) / total:.1%}) are unreadable",
+        named=first(bad, "\n  ", more=more),
+        advice="Mend or remove them",
+        option="data.max_bad_ratio",
+    )
+
+
 def check_bad_ratio(
     num_bad: int, total: int, max_bad_ratio: float, *, found: str, named: str, advice: str, option: str
 ) -> None:

@@ -25,11 +25,14 @@ from .vision_checks import check_mask_statistics, check_single_step
 FAULTS = Faults()
 
 
+def has_block_targets(fixture: Fixture) -> bool:
+    return fixture.config["end_of_block_targets"]
+
+
 def step(*noticed_by: str, **options: str) -> Callable[[Plant], Plant]:
     """options: other values of options than the fixture's, with __ for the dot."""
     changes = {key.replace("__", "."): value for key, value in options.items()}
-    where = lambda fixture: fixture.config["end_of_block_targets"]  # noqa: E731
-    return FAULTS.case("single_step", check_single_step, noticed_by, where, changes)
+    return FAULTS.case("single_step", check_single_step, noticed_by, has_block_targets, changes)
 
 
 def masks(*noticed_by: str) -> Callable[[Plant], Plant]:

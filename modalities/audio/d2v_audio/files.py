@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 
 from d2v_core.errors import UserError
-from d2v_core.files import check_bad_ratio, existing, first, kind, none_found, subfolder, walk
+from d2v_core.files import check_bad_files, existing, first, kind, none_found, subfolder, walk
 
 AUDIO_EXTENSIONS = (".aif", ".aifc", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # in either case
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; outside, a header is damaged or a config is in kHz
@@ -129,11 +129,7 @@ def scan(
     other = [clip for clip in long if clip.source_rate != sample_rate]
     report = ScanReport(long, len(clips) - len(long), tuple(bad), len(other), sample_rate, min_s)
 
-    share = f"{len(bad)} of {len(entries)} audio files ({len(bad) / len(entries):.1%})"
-    check_bad_ratio(
-        len(bad), len(entries), max_bad_ratio, found=f"data.path={path}: {share} are unreadable",
-        named=first(_named(bad), "\n  "), advice="Mend or remove them", option="data.max_bad_ratio",
-    )  # fmt: skip
+    check_bad_files(_named(bad), len(entries), max_bad_ratio, "audio files", path)
     if not long:
         raise UserError(
             f"data.path={path}: none of {len(entries)} audio files is usable, {report.too_short} are shorter than "

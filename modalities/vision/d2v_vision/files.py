@@ -11,7 +11,7 @@ import lzma
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from d2v_core.errors import UserError
-from d2v_core.files import check_bad_ratio, existing, first, kind, none_found, subfolder, walk
+from d2v_core.files import check_bad_files, existing, first, kind, none_found, subfolder, walk
 
 IMAGE_EXTENSIONS = (
     ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
@@ -29,6 +29,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what a file ma
 MAX_RECORD_BYTES = 1 << 31  # unpacked; a packed file that goes on and on is not read to its end
 NUM_THREADS = 4
 EXPECTED = "a folder or a file"  # of data.path
+MORE = "... and {} more"  # behind the first of a list
 CIFAR_PIXELS = 3 * 32 * 32
 _CIFAR_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test|cifar.*)\.bin(\.xz|\.gz)?")
 
@@ -69,9 +70,9 @@ class ScanReport:
         if self.too_small:
             text += f"; {self.too_small} dropped as narrower than {self.min_side} pixels, a patch"
         if self.bad:
-            text += f"\n{len(self.bad)} unreadable: {_first(_named(self.bad), '; ')}"
+            text += f"\n{len(self.bad)} unreadable: {first(_named(self.bad), '; ', more=MORE)}"
         if self.empty:
-            text += f"\n{len(self.empty)} folders without an image: {_first(self.empty, ', ')}"
+            text += f"\n{len(self.empty)} folders without an image: {first(self.empty, ', ', more=MORE)}"
         return text
 
 
@@ -114,11 +115,7 @@ def scan(
         image for image, size in zip(found, sizes, strict=True) if not isinstance(size, str) and min(size) >= min_side
     )
     report = ScanReport(top, images, bad, len(found) - len(bad) - len(images), min_side, empty)
-    share = f"{len(bad)} of {len(found)} images ({len(bad) / len(found):.1%})"
-    check_bad_ratio(
-        len(bad), len(found), max_bad_ratio, found=f"data.path={path}: {share} are unreadable",
-        named=_first(_named(bad), "\n  "), advice="Mend or remove them", option="data.max_bad_ratio",
-    )  # fmt: skip
+    check_bad_files(_named(bad), len(found), max_bad_ratio, "images", path, MORE)
     if not images:
         raise UserError(
             f"data.path={path}: none of {len(found)} images is usable; {report.too_small} are narrower than a patch of "
@@ -207,10 +204,6 @@ def _find(given: str | Path, split: str | None) -> tuple[Path, list[ImageFile], 
 
 def _named(bad: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{name}: {reason}" for name, reason in bad]
-
-
-def _first(items: Sequence[str], separator: str) -> str:
-    return first(items, separator, more="... and {} more")
 
 
 # ------------------------------------------------------------------------------------ arrays of many images in a file
