@@ -1,4 +1,8 @@
-"""Options of the whole suite. They stand here because pytest reads them before it knows the folders below."""
+"""Options of the whole suite, which pytest reads before it knows the folders below, and what all folders share."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -11,3 +15,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="tensors recorded from official implementations (default: ../shared/parity beside the repository, else "
         "the copy in tests/parity/recorded)",
     )
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """Tiny networks: threads would wait for one another longer than they work. And a seed."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Path:
+    """An empty working folder, for runs that say no other place."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +18,8 @@ import torch
 
 from d2v_core import checkpoint, cli
 from d2v_core.config import load_config
+
+from ..runs import Answer, call_d2v, options
 
 TINY = {
     "modality": "audio",
@@ -35,27 +36,17 @@ TINY = {
 }
 
 
-class Answer(NamedTuple):
-    status: int
-    out: str
-    error: str
-
-
 Run = Callable[..., Answer]
 
 
 @pytest.fixture
-def d2v(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def d2v(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """`d2v run` on tiny sizes in a folder of its own; later words replace earlier ones of the same key."""
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
 
     def call(*words: str, verb: str = "run", base: dict[str, str] = TINY) -> Answer:
-        given = dict(word.split("=", 1) for word in words)
-        status = cli.main([verb, *(f"{key}={value}" for key, value in {**base, **given}.items())])
-        answer = Answer(status, *capsys.readouterr())
-        assert "Traceback" not in answer.out + answer.error
-        return answer
+        given = call_d2v(capsys, base, options(words), verb)
+        assert "Traceback" not in given.out + given.error
+        return given
 
     return call
 

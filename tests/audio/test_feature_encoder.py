@@ -27,12 +27,7 @@ from d2v_core.positions import ConvPositions, ConvPositionsConfig
 RATE, D = 16_000, 32
 POSITIONS = ConvPositionsConfig(depth=3, width=15, groups=4)
 KINDS = ("waveform", "logmel", "logmel-1", "logmel-2", "logmel-8")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def features(kind: str) -> WaveformConfig | LogMelConfig:

@@ -23,19 +23,11 @@ from d2v_core.trainer import Updater
 
 SMALL = ("data.synthetic_clips=8", "model.embed_dim=32", "model.num_layers=2", "target.top_k_layers=2",
          "positions.groups=4")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def modality(*words: str) -> AudioModality:
-    config, kind = load_config(["modality=audio", *words], lambda name: AudioModality)
-    made = kind(config)
-    assert isinstance(made, AudioModality)
-    return made
+    return AudioModality(load_config(["modality=audio", *words], lambda name: AudioModality)[0])
 
 
 def count(parameters: Any) -> int:

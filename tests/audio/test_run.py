@@ -18,50 +18,22 @@ import d2v_core
 from d2v_audio.synthetic import SyntheticSpeech
 from d2v_core import checkpoint, cli
 
-SMALL = {"model.embed_dim": "32", "model.num_layers": "2", "model.num_heads": "2", "target.top_k_layers": "2"}
-TINY = {
-    "modality": "audio",
-    **SMALL,
-    "data.synthetic_clips": "12",
-    "data.batch_s": "8",
-    "data.min_s": "0.5",
-    "train.max_steps": "5",
-    "train.log_every": "1",
-    "train.num_workers": "0",
-    "train.tensorboard": "false",
-    "train.probe": "false",
-}
-TIMES = ("throughput", "data_wait", "seconds")  # of a line of metrics.jsonl, which no two runs share
+from ..runs import SHORT, SMALL, call_d2v, metrics, options, same, weights
+
+TINY = {"modality": "audio", **SMALL, **SHORT, "data.synthetic_clips": "12", "data.batch_s": "8", "data.min_s": "0.5"}
 Run = Callable[..., str]
 
 
 @pytest.fixture
-def d2v(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def d2v(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """`d2v run` on tiny sizes in a folder of its own, with exit status 0; returns what it printed."""
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
 
     def call(*words: str, base: dict[str, str] = TINY) -> str:
-        given = dict(word.split("=", 1) for word in words)
-        status = cli.main(["run", *(f"{key}={value}" for key, value in {**base, **given}.items())])
-        out, error = capsys.readouterr()
+        status, out, error = call_d2v(capsys, base, options(words))
         assert (status, error) == (0, "")
         return out
 
     return call
-
-
-def metrics(run: str) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
-def weights(run: str) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.list_checkpoints(Path(run, "checkpoints"))[-1]).model
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ something deviates. The parity tests expect them to pass, the tests with planted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2v_audio import official
 from d2v_audio.data import AudioSample
@@ -19,11 +19,9 @@ from d2v_audio.modality import AudioModality
 from d2v_core import schedules
 from d2v_core.config import RunConfig, load_config, parse_arguments
 from d2v_core.contract import Batch, Masks, Tokens
-from d2v_core.data2vec import Data2Vec
-from d2v_core.errors import UserError
-from d2v_core.run import build_model, load_model_state, model_state
+from d2v_core.data2vec import Data2Vec, Data2VecOutput
+from d2v_core.run import build_model, model_state
 from d2v_core.trainer import Updater
-from d2v_core.transformer import TransformerOutput
 
 from .compare import (
     ACTIVATION,
@@ -38,6 +36,7 @@ from .compare import (
     Limit,
 )
 from .finder import Fixture
+from .models import Call, by_block, compare_teacher, load_recorded, watch
 
 DEVICE = torch.device("cpu")
 
@@ -56,16 +55,10 @@ class Setup:
         assert isinstance(modality, AudioModality)
         self.modality, self.model = modality, build_model(modality)
         layout = c.fixture.layout
-        load_model_state(self.model, official.from_official(c.take_all(layout.student), self.config), c.fixture.id)
-        self.model.update_teacher(0.0)  # equal to the student, as a new teacher is
-        teacher = c.take_all(layout.teacher)
-        if teacher:
-            try:
-                self.model.teacher.load_own_state(official.teacher_from_official(teacher, self.config))
-            except KeyError as error:
-                c.fail("teacher", f"owns other tensors than the official one: {error}")
-                c.finish()
-        self.model.train()
+        load_recorded(
+            c, self.model, official.from_official(c.take_all(layout.student), self.config),
+            official.teacher_from_official(c.take_all(layout.teacher), self.config),
+        )  # fmt: skip
 
     def inputs(self, source: Tensor, padding_mask: Tensor | None = None) -> Mapping[str, Tensor]:
         """Put together as the loader does it."""
@@ -73,87 +66,31 @@ class Setup:
         return self.modality.collate([AudioSample(row[:n].numpy()) for row, n in zip(source, lengths, strict=True)])
 
 
-class Seen:
-    """What modules computed in one forward pass, caught on the way."""
-
-    conv_features: Tensor
-    tokens: Tokens
-    positions_input: Tensor
-    positions: Tensor
-    student_x: Tensor
-    teacher_x: Tensor
-
-    def __init__(self) -> None:
-        self.student_blocks: dict[int, Tensor] = {}
-        self.teacher_blocks: dict[int, Tensor] = {}
-        self.teacher_ffn: dict[int, Tensor] = {}
+def forward(model: Data2Vec, inputs: Mapping[str, Tensor], masks: Masks) -> tuple[Data2VecOutput, dict[str, Call]]:
+    """One forward pass, and what the modules computed in it."""
+    encoder: Any = model.student.encoder
+    with watch(model, embedding=encoder.embedding, norm=encoder.embedding.norm, positions=encoder.positions) as seen:
+        return model(inputs, masks), seen
 
 
-@contextmanager
-def watch(model: Data2Vec) -> Iterator[Seen]:
-    seen = Seen()
-    student: Any = model.student
-    teacher: Any = model.teacher.module
-    handles: list[Any] = []
-
-    def after(module: nn.Module, then: Callable[[tuple[Any, ...], Any], None]) -> None:
-        handles.append(module.register_forward_hook(lambda _module, args, out: then(args, out)))
-
-    def embedding_norm(args: tuple[Any, ...], out: Any) -> None:
-        seen.conv_features = args[0]
-
-    def embedding(args: tuple[Any, ...], out: Tokens) -> None:
-        seen.tokens = out
-
-    def positions(args: tuple[Any, ...], out: Tensor) -> None:
-        seen.positions_input, seen.positions = args[0], out
-
-    def student_end(args: tuple[Any, ...], out: TransformerOutput) -> None:
-        seen.student_x = out.x
-
-    after(student.encoder.embedding.norm, embedding_norm)
-    after(student.encoder.embedding, embedding)
-    after(student.encoder.positions, positions)
-    after(student.transformer, student_end)
-    last = len(student.transformer.blocks) - 1
-
-    def catch_block(i: int, whose: str) -> Callable[[tuple[Any, ...], Any], None]:
-        def caught(args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
-            if whose == "student":
-                seen.student_blocks[i] = out[0]
-            else:
-                seen.teacher_blocks[i], seen.teacher_ffn[i] = out
-                if i == last:  # the official teacher never comes to the final norm of pre-norm models
-                    seen.teacher_x = out[0]
-
-        return caught
-
-    for i in range(last + 1):
-        after(student.transformer.blocks[i], catch_block(i, "student"))
-        after(teacher.transformer.blocks[i], catch_block(i, "teacher"))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def compare_forward(c: Comparison, seen: Seen) -> None:
+def compare_forward(c: Comparison, seen: Mapping[str, Call]) -> None:
     """Those activations that this fixture recorded."""
-    padding = seen.tokens.padding_mask
-    encoder_input = seen.positions_input
-    if padding is not None:  # recorded before padded frames are set to zero, caught after
-        encoder_input = torch.where(padding.unsqueeze(-1), seen.tokens.x, encoder_input)
+    tokens: Tokens = seen["embedding"].out
+    encoder_input = seen["positions"].args[0]
+    if tokens.padding_mask is not None:  # recorded before padded frames are set to zero, caught after
+        encoder_input = torch.where(tokens.padding_mask.unsqueeze(-1), tokens.x, encoder_input)
+    student_blocks, _ = by_block(seen, "student")
+    teacher_blocks, teacher_ffn = by_block(seen, "teacher")
     ours = {
-        "mid.conv_features": seen.conv_features.transpose(1, 2),
-        "mid.features_proj": seen.tokens.x,
+        "mid.conv_features": seen["norm"].args[0].transpose(1, 2),
+        "mid.features_proj": tokens.x,
         "mid.encoder_input": encoder_input,
-        "mid.student_pos_conv": seen.positions,
-        "student.x": seen.student_x,
-        "teacher.x": seen.teacher_x,
-        **{f"student.layer{i}.block": x for i, x in seen.student_blocks.items()},
-        **{f"teacher.layer{i}.block": x for i, x in seen.teacher_blocks.items()},
-        **{f"teacher.layer{i}.ffn": x for i, x in seen.teacher_ffn.items()},
+        "mid.student_pos_conv": seen["positions"].out,
+        "student.x": seen["student"].out.x,
+        "teacher.x": teacher_blocks[max(teacher_blocks)],  # the official one never comes to a final norm
+        **{f"student.layer{i}.block": x for i, x in student_blocks.items()},
+        **{f"teacher.layer{i}.block": x for i, x in teacher_blocks.items()},
+        **{f"teacher.layer{i}.ffn": x for i, x in teacher_ffn.items()},
     }
     for prefix in ("mid.", "student.", "teacher."):
         for name in c.recorded(prefix):
@@ -172,17 +109,6 @@ def compare_gradients(c: Comparison, model: Data2Vec, config: RunConfig, prefix:
     return gradients
 
 
-def compare_teacher(c: Comparison, model: Data2Vec, config: RunConfig, prefix: str, limit: Limit) -> None:
-    try:
-        ours = official.teacher_to_official(model.teacher.own_state(), config)
-    except UserError as error:
-        c.fail(f"{prefix}*", str(error))
-        return
-    for name in ours.keys() - {name.removeprefix(prefix) for name in c.recorded(prefix)}:
-        c.fail(prefix + name, "owned by our teacher only")
-    c.tensors(prefix, ours, limit)
-
-
 def check_single_step(fixture: Fixture, changes: Mapping[str, str] | None = None) -> Comparison:
     """Forward, loss, gradients, one EMA step."""
     c, meta, names = Comparison(fixture), fixture.meta, fixture.tensors
@@ -194,11 +120,11 @@ def check_single_step(fixture: Fixture, changes: Mapping[str, str] | None = None
     if not torch.equal(inputs["waveform"], source):
         c.fail("in.source", "collating the samples gives another waveform")
     masks = Masks.of(c.take("in.mask_indices"))
-    with watch(model) as seen:
-        out = model(inputs, masks)
+    out, seen = forward(model, inputs, masks)
     compare_forward(c, seen)
+    tokens: Tokens = seen["embedding"].out
     if "in.frame_padding_mask" in names:
-        c.tensor("in.frame_padding_mask", seen.tokens.padding_mask, ACTIVATION)
+        c.tensor("in.frame_padding_mask", tokens.padding_mask, ACTIVATION)
     loss_mean = out.loss_sum / out.num_scored
     c.tensor("out.y", out.target, ACTIVATION)
     c.tensor("out.pred", out.prediction, ACTIVATION)
@@ -212,7 +138,7 @@ def check_single_step(fixture: Fixture, changes: Mapping[str, str] | None = None
         ("sample_size", out.num_scored),
         ("target_var", out.target_std),
         ("pred_var", out.prediction_std),
-        ("frames", seen.tokens.x.shape[1]),
+        ("frames", tokens.x.shape[1]),
     ):
         c.number(f"json {name}", ours, meta[name], LOSS)
 
@@ -226,7 +152,8 @@ def check_single_step(fixture: Fixture, changes: Mapping[str, str] | None = None
     decay = schedules.decay_at(meta["ema_step_at_num_updates"], config.train.max_steps, config.teacher)
     c.number("json ema_decay_used", decay, meta["ema_decay_used"], Limit(absolute=1e-12))
     model.update_teacher(decay)
-    compare_teacher(c, model, config, fixture.layout.teacher_after, EMA)
+    to_official = partial(official.teacher_to_official, config=config)
+    compare_teacher(c, fixture.layout.teacher_after, model, to_official, EMA)
     return c.finish()
 
 
@@ -261,13 +188,12 @@ def check_target_norms(fixture: Fixture, changes: Mapping[str, str] | None = Non
     off = {key: False for key in fixture.config if "_norm_target" in key}
     for option, own in fixture.meta["options"].items():
         setup = Setup(c, changes, {**off, **own})
-        with watch(setup.model) as seen:
-            out = setup.model(setup.inputs(source), masks)
+        out, seen = forward(setup.model, setup.inputs(source), masks)
         compare_forward(c, seen)
         c.tensor("out.pred", out.prediction, ACTIVATION)
         c.tensor(f"opt.{option}.y", out.target, AMPLIFIED)
         k = setup.config.target.top_k_layers
-        layers = [fixture.tensors[f"teacher.layer{i}.ffn"] for i in sorted(seen.teacher_ffn)[-k:]]
+        layers = [fixture.tensors[f"teacher.layer{i}.ffn"] for i in sorted(by_block(seen, "teacher")[1])[-k:]]
         from_recorded = setup.model.targets.build(layers, None)[masks.hidden[:, 0]]
         c.tensor(f"opt.{option}.y", from_recorded, ACTIVATION, "y of recorded layers")
         c.tensor(f"opt.{option}.loss_sum", out.loss_sum, LOSS)
@@ -316,7 +242,8 @@ def check_training_steps(fixture: Fixture, changes: Mapping[str, str] | None = N
         done = step + 1
         c.tensors(f"after{done}.student.", official.to_official(model_state(model), config), UPDATED_WEIGHT)
         if c.recorded(f"after{done}.teacher."):
-            compare_teacher(c, model, config, f"after{done}.teacher.", UPDATED_WEIGHT)
+            to_official = partial(official.teacher_to_official, config=config)
+            compare_teacher(c, f"after{done}.teacher.", model, to_official, UPDATED_WEIGHT)
     out = model(setup.inputs(c.take("final.source")), Masks.of(c.take("final.mask_indices")))
     c.tensor("final.loss_sum", out.loss_sum, LOSS_OF_UPDATE)
     c.number("log final loss_sum", out.loss_sum, log[-1]["loss_sum"], LOSS_OF_UPDATE)

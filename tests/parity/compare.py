@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +129,12 @@ class Comparison:
         for name, deviation in self.deviations.items():
             _largest(out, _group(name), deviation)
         return out
+
+
+def checked(fixture: Fixture, checks: Mapping[str, Callable[[Fixture], Comparison]]) -> Comparison:
+    """By the check of its kind, which there has to be."""
+    assert fixture.kind in checks, f"{fixture.path.name} is of kind {fixture.kind!r}, which nothing checks"
+    return checks[fixture.kind](fixture)
 
 
 def _largest(of: dict[str, tuple[float, float, float]], name: str, deviation: tuple[float, float, float]) -> None:

@@ -125,6 +125,20 @@ def parameters(fixtures: list[Fixture], wanted: Callable[[Fixture], bool], skip:
     ]
 
 
+def parametrize(metafunc: pytest.Metafunc, wanted: Callable[[Fixture], bool], skip: Mapping[str, str]) -> None:
+    """A test with an argument `fixture` runs once for each that is wanted."""
+    if "fixture" in metafunc.fixturenames:
+        metafunc.parametrize("fixture", parameters(find(root_of(metafunc.config)), wanted, skip))
+
+
+def whole_recording(config: pytest.Config) -> list[Fixture]:
+    """Every fixture. Skips the test where there is no more than the copy in the repository."""
+    root = root_of(config)
+    if root.resolve() == RECORDED.resolve():
+        pytest.skip("the copy in the repository holds audio alone; give --parity-root FOLDER")
+    return find(root)
+
+
 def pick(fixtures: list[Fixture], kind: str, where: Callable[[Fixture], bool] = lambda _: True) -> Fixture:
     """The first fixture of a kind with a property. Skips the test where the folder has none."""
     for fixture in fixtures:

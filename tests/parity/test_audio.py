@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from . import audio_checks, mask_checks
-from .compare import Comparison
-from .finder import RECORDED, Fixture, find, parameters, root_of
+from .compare import Comparison, checked
+from .finder import RECORDED, Fixture, find, parametrize, root_of
 
 CHECKS = {
     "single_step": audio_checks.check_single_step,
@@ -23,13 +23,11 @@ def is_audio(fixture: Fixture) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "fixture" in metafunc.fixturenames:
-        metafunc.parametrize("fixture", parameters(find(root_of(metafunc.config)), is_audio, NOT_YET))
+    parametrize(metafunc, is_audio, NOT_YET)
 
 
 def test_parity(fixture: Fixture, keep: list[Comparison]) -> None:
-    assert fixture.kind in CHECKS, f"{fixture.path.name} is of kind {fixture.kind!r}, which nothing checks"
-    keep.append(CHECKS[fixture.kind](fixture))
+    keep.append(checked(fixture, CHECKS))
 
 
 def test_enough_is_found(pytestconfig: pytest.Config) -> None:

@@ -17,39 +17,24 @@ import pytest
 import torch
 from torch import nn
 
+import d2v_core.official
 from d2v_audio import official
 from d2v_audio.feature_encoder import AudioEncoder
 from d2v_audio.modality import AudioModality
 from d2v_core import loop, masking, schedules, targets, trainer
 from d2v_core.contract import Masks, Tokens
-from d2v_core.data2vec import Data2Vec
 from d2v_core.loss import RegressionLoss
 from d2v_core.teacher import EMATeacher
 from d2v_core.transformer import Attention, Block, Transformer
 
 from .audio_checks import check_single_step, check_training_steps
-from .compare import Comparison, ParityError
-from .finder import Fixture, find, pick, root_of
+from .compare import Comparison
+from .finder import Fixture, find, root_of
 from .mask_checks import check_mask_statistics
+from .planting import Faults, Plant, override, teacher_sees_what_is_hidden_as_hidden, wrap
 from .test_audio import is_audio
 
-Plant = Callable[[pytest.MonkeyPatch], None]
-Check = Callable[..., Comparison]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """On which fixture, by which check, a fault has to show, and where (prefixes of recorded names)."""
-
-    kind: str
-    check: Check
-    where: Callable[[Fixture], bool]
-    noticed_by: tuple[str, ...]
-    plant: Plant
-
-
-CASES: dict[str, Case] = {}
-PASSED: set[str] = set()
+FAULTS = Faults()
 
 
 def is_base(fixture: Fixture) -> bool:
@@ -64,39 +49,19 @@ def is_padded(fixture: Fixture) -> bool:
 
 
 def step(*noticed_by: str, where: Callable[[Fixture], bool] = is_base) -> Callable[[Plant], Plant]:
-    return _case("single_step", check_single_step, where, noticed_by)
+    return FAULTS.case("single_step", check_single_step, noticed_by, where)
 
 
 def updates(*noticed_by: str) -> Callable[[Plant], Plant]:
-    return _case("training_steps", check_training_steps, lambda _: True, noticed_by)
+    return FAULTS.case("training_steps", check_training_steps, noticed_by)
 
 
 def masks(*noticed_by: str) -> Callable[[Plant], Plant]:
-    return _case("mask_statistics", _few_masks, lambda _: True, noticed_by)
+    return FAULTS.case("mask_statistics", _few_masks, noticed_by)
 
 
 def _few_masks(fixture: Fixture) -> Comparison:
     return check_mask_statistics(fixture, calls=150)
-
-
-def _case(
-    kind: str, check: Check, where: Callable[[Fixture], bool], noticed_by: tuple[str, ...]
-) -> Callable[[Plant], Plant]:
-    def register(plant: Plant) -> Plant:
-        CASES[plant.__name__] = Case(kind, check, where, noticed_by, plant)
-        return plant
-
-    return register
-
-
-def wrap(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace owner.name by wrapper(original, *arguments)."""
-    original = getattr(owner, name)
-
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    monkeypatch.setattr(owner, name, replaced)
 
 
 # ----------------------------------------------------------------------------------------------------- targets
@@ -165,12 +130,7 @@ def epsilon_of_the_target_norm(patch: pytest.MonkeyPatch) -> None:
 
 @step("teacher.", "out.y")
 def teacher_sees_the_masked_input(patch: pytest.MonkeyPatch) -> None:
-    def target(original: Any, self: Data2Vec, tokens: Tokens, inputs: Any, masks: Masks, *rest: Any) -> Any:
-        mask_embedding: Any = self.student.encoder.mask_embedding
-        x = torch.where(masks.hidden[:, 0, :, None], mask_embedding, tokens.x)
-        return original(self, dataclasses.replace(tokens, x=x), inputs, masks, *rest)
-
-    wrap(patch, Data2Vec, "target", target)
+    teacher_sees_what_is_hidden_as_hidden(patch, "mask_embedding")
 
 
 @step("teacher.", "out.y")
@@ -213,7 +173,7 @@ def approximate_gelu(patch: pytest.MonkeyPatch) -> None:
 
 @step("student.layer0.block", "out.pred")
 def queries_and_keys_swapped(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(official, "_PARTS", "kqv")
+    patch.setattr(d2v_core.official, "STACKED", "kqv")
 
 
 @step("student.layer0.block")
@@ -242,12 +202,7 @@ def gradient_factor_of_the_front_end_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def _override(patch: pytest.MonkeyPatch, word: str) -> None:
-    """Another value for an option than the official configuration asks for."""
-    key = word.partition("=")[0] + "="
-    wrap(
-        patch, official, "config_from_official",
-        lambda original, *args: [word if given.startswith(key) else given for given in original(*args)],
-    )  # fmt: skip
+    override(patch, official, word)
 
 
 # ------------------------------------------------------------------------------------------------------ padding
@@ -417,15 +372,6 @@ def starts_drawn_with_replacement(patch: pytest.MonkeyPatch) -> None:
 # -------------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.mark.parametrize("fault", CASES)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_noticed(fault: str, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES[fault]
-    fixture = pick([f for f in find(root_of(pytestconfig)) if is_audio(f)], case.kind, case.where)
-    if fixture.id not in PASSED:
-        case.check(fixture)
-        PASSED.add(fixture.id)
-    case.plant(monkeypatch)
-    with pytest.raises(ParityError) as caught:
-        case.check(fixture)
-    for prefix in case.noticed_by:
-        assert any(name.startswith(prefix) for name in caught.value.failed), (prefix, caught.value.failed)
+    FAULTS.notice(fault, filter(is_audio, find(root_of(pytestconfig))), monkeypatch)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import d2v_core.official
 from d2v_core import targets
 from d2v_core.contract import Masks, Tokens
 from d2v_core.data2vec import Data2Vec
@@ -20,24 +21,12 @@ from d2v_text import feature_encoder, official
 from d2v_text.feature_encoder import RegressionHead, TextEncoder, TokenEmbedding
 from d2v_text.modality import TextModality
 
-from .compare import ParityError
-from .finder import Fixture, find, pick, root_of
-from .test_planted_faults import Plant, wrap
+from .finder import Fixture, find, root_of
+from .planting import Faults, Plant, override, wrap
 from .test_text import is_text
 from .text_checks import check_single_step, is_pipeline
 
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """On which fixture a fault has to show, and where (prefixes of recorded names)."""
-
-    where: Callable[[Fixture], bool]
-    noticed_by: tuple[str, ...]
-    plant: Plant
-
-
-CASES: dict[str, Case] = {}
-PASSED: set[str] = set()
+FAULTS = Faults()
 
 
 def is_full(fixture: Fixture) -> bool:
@@ -53,22 +42,11 @@ def has_instance_norm(fixture: Fixture) -> bool:
 
 
 def fault(*noticed_by: str, where: Callable[[Fixture], bool] = is_base) -> Callable[[Plant], Plant]:
-    def register(plant: Plant) -> Plant:
-        CASES[plant.__name__] = Case(where, noticed_by, plant)
-        return plant
-
-    return register
+    return FAULTS.case("single_step", check_single_step, noticed_by, where)
 
 
 def _option(patch: pytest.MonkeyPatch, word: str) -> None:
-    """Another value for an option than the official configuration asks for."""
-    key = word.partition("=")[0] + "="
-    wrap(
-        patch, official, "config_from_official",
-        lambda original, *args, **kwargs: [
-            word if given.startswith(key) else given for given in original(*args, **kwargs)
-        ],
-    )  # fmt: skip
+    override(patch, official, word)
 
 
 # ---------------------------------------------------------------------------------------------- tokens, positions
@@ -260,7 +238,7 @@ def visible_places_in_the_loss(patch: pytest.MonkeyPatch) -> None:
 
 @fault("student_layer.0", "pred")
 def queries_and_keys_swapped(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(official, "_PARTS", "kqv")
+    patch.setattr(d2v_core.official, "STACKED", "kqv")
 
 
 @fault("target")
@@ -276,15 +254,6 @@ def teacher_reads_the_masked_text(patch: pytest.MonkeyPatch) -> None:
 # -------------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FAULTS)
 def test_noticed(name: str, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES[name]
-    fixture = pick([f for f in find(root_of(pytestconfig)) if is_text(f)], "single_step", case.where)
-    if fixture.id not in PASSED:
-        check_single_step(fixture)
-        PASSED.add(fixture.id)
-    case.plant(monkeypatch)
-    with pytest.raises(ParityError) as caught:
-        check_single_step(fixture)
-    for prefix in case.noticed_by:
-        assert any(failed.startswith(prefix) for failed in caught.value.failed), (prefix, caught.value.failed)
+    FAULTS.notice(name, filter(is_text, find(root_of(pytestconfig))), monkeypatch)

@@ -12,44 +12,31 @@ import torch
 
 from d2v_core import targets
 from d2v_core.contract import Masks, Tokens
-from d2v_core.data2vec import Data2Vec
 from d2v_core.teacher import EMATeacher
 from d2v_core.transformer import Attention, Block
 from d2v_vision import feature_encoder, masking
 from d2v_vision.feature_encoder import PatchEmbedding, PatchEncoder
 
-from .compare import Comparison, ParityError
-from .finder import Fixture, find, pick, root_of
+from .finder import Fixture, find, root_of
+from .planting import Faults, Plant, teacher_sees_what_is_hidden_as_hidden, wrap
 from .test_vision import is_vision
 from .vision_checks import check_mask_statistics, check_single_step
 
-Plant = Callable[[pytest.MonkeyPatch], None]
-CASES: dict[str, tuple[str, Callable[..., Comparison], tuple[str, ...], dict[str, str], Plant]] = {}
+FAULTS = Faults()
+
+
+def has_block_targets(fixture: Fixture) -> bool:
+    return fixture.config["end_of_block_targets"]
 
 
 def step(*noticed_by: str, **options: str) -> Callable[[Plant], Plant]:
     """options: other values of options than the fixture's, with __ for the dot."""
     changes = {key.replace("__", "."): value for key, value in options.items()}
-
-    def register(plant: Plant) -> Plant:
-        CASES[plant.__name__] = ("single_step", check_single_step, noticed_by, changes, plant)
-        return plant
-
-    return register
+    return FAULTS.case("single_step", check_single_step, noticed_by, has_block_targets, changes)
 
 
 def masks(*noticed_by: str) -> Callable[[Plant], Plant]:
-    def register(plant: Plant) -> Plant:
-        CASES[plant.__name__] = ("mask_statistics", check_mask_statistics, noticed_by, {}, plant)
-        return plant
-
-    return register
-
-
-def wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace owner.name by wrapper(original, *arguments)."""
-    original = getattr(owner, name)
-    patch.setattr(owner, name, lambda *args, **kwargs: wrapper(original, *args, **kwargs))
+    return FAULTS.case("mask_statistics", check_mask_statistics, noticed_by)
 
 
 # --------------------------------------------------------------------------------------------------- positions
@@ -145,12 +132,7 @@ def targets_counted_from_cls(patch: pytest.MonkeyPatch) -> None:
 
 @step("target_layer.0", "encoder_input_unmasked")
 def teacher_sees_the_masked_image(patch: pytest.MonkeyPatch) -> None:
-    def target(original: Any, self: Data2Vec, tokens: Tokens, inputs: Any, given: Masks, *rest: Any) -> Any:
-        mask_token: Any = self.student.encoder.mask_token
-        x = torch.where(given.hidden[:, 0, :, None], mask_token, tokens.x)
-        return original(self, dataclasses.replace(tokens, x=x), inputs, given, *rest)
-
-    wrap(patch, Data2Vec, "target", target)
+    teacher_sees_what_is_hidden_as_hidden(patch, "mask_token")
 
 
 # ------------------------------------------------------------------------------------------------------- blocks
@@ -286,13 +268,6 @@ def fixtures(pytestconfig: pytest.Config) -> list[Fixture]:
     return [fixture for fixture in find(root_of(pytestconfig)) if is_vision(fixture)]
 
 
-@pytest.mark.parametrize("fault", CASES)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_noticed(fault: str, fixtures: list[Fixture], monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the checks pass without a fault is what test_vision.py is for."""
-    kind, check, noticed_by, changes, plant = CASES[fault]
-    fixture = pick(fixtures, kind, lambda f: kind != "single_step" or f.config["end_of_block_targets"])
-    plant(monkeypatch)
-    with pytest.raises(ParityError) as caught:
-        check(fixture, changes) if kind == "single_step" else check(fixture)
-    for prefix in noticed_by:
-        assert any(name.startswith(prefix) for name in caught.value.failed), (prefix, caught.value.failed)
+    FAULTS.notice(fault, fixtures, monkeypatch)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from . import text_checks
-from .compare import Comparison, ParityError
-from .finder import RECORDED, Fixture, find, parameters, root_of
+from .compare import Comparison, ParityError, checked
+from .finder import Fixture, parametrize, whole_recording
 
 CHECKS = {"single_step": text_checks.check_single_step}
 
@@ -16,13 +16,11 @@ def is_text(fixture: Fixture) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "fixture" in metafunc.fixturenames:
-        metafunc.parametrize("fixture", parameters(find(root_of(metafunc.config)), is_text, {}))
+    parametrize(metafunc, is_text, {})
 
 
 def test_parity(fixture: Fixture, keep: list[Comparison]) -> None:
-    assert fixture.kind in CHECKS, f"{fixture.path.name} is of kind {fixture.kind!r}, which nothing checks"
-    keep.append(CHECKS[fixture.kind](fixture))
+    keep.append(checked(fixture, CHECKS))
 
 
 def test_initialisation(fixture: Fixture) -> None:
@@ -32,7 +30,4 @@ def test_initialisation(fixture: Fixture) -> None:
 
 
 def test_enough_is_found(pytestconfig: pytest.Config) -> None:
-    root = root_of(pytestconfig)
-    if root.resolve() == RECORDED.resolve():
-        pytest.skip("the copy in the repository holds audio alone; give --parity-root FOLDER")
-    assert any(is_text(fixture) and fixture.kind == "single_step" for fixture in find(root))
+    assert any(is_text(fixture) and fixture.kind == "single_step" for fixture in whole_recording(pytestconfig))

@@ -6,25 +6,19 @@ raised where something deviates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import Tensor, nn
 
 from d2v_core import schedules
 from d2v_core.config import load_config
 from d2v_core.contract import Batch, Masks
-from d2v_core.data2vec import Data2Vec
-from d2v_core.run import build_model, load_model_state, model_state
-from d2v_core.transformer import TransformerOutput
+from d2v_core.run import build_model, model_state
 from d2v_text import official
 from d2v_text.masking import NOT_SELECTED
 from d2v_text.modality import TextModality
 
 from .compare import ACTIVATION, EMA, EXACT, GRADIENT, LOSS, ROUNDING, Comparison, Limit
 from .finder import Fixture
+from .models import by_block, compare_teacher, load_recorded, watch
 
 PIPELINE = "pad elsewhere"  # in the recorder's words on what the teacher was given
 
@@ -46,61 +40,10 @@ class Setup:
         assert isinstance(modality, TextModality)
         self.modality, self.model = modality, build_model(modality)
         layout = fixture.layout
-        load_model_state(self.model, official.from_official(c.take_all(layout.student)), fixture.id)
-        self.model.update_teacher(0.0)  # equal to the student, as a new teacher is
-        try:
-            self.model.teacher.load_own_state(official.teacher_from_official(c.take_all(layout.teacher)))
-        except KeyError as error:
-            c.fail("teacher", f"owns other tensors than the official one: {error}")
-            c.finish()
-        self.model.train()
-
-
-class Seen:
-    """What modules computed in one forward pass, caught on the way."""
-
-    embed: Tensor
-    teacher_padding: Tensor | None
-
-    def __init__(self) -> None:
-        self.student_blocks: dict[int, Tensor] = {}
-        self.teacher_blocks: dict[int, Tensor] = {}
-        self.teacher_ffn: dict[int, Tensor] = {}
-
-
-@contextmanager
-def watch(model: Data2Vec) -> Iterator[Seen]:
-    seen = Seen()
-    student: Any = model.student
-    teacher: Any = model.teacher.module
-    handles: list[Any] = []
-
-    def block(i: int, blocks: dict[int, Tensor], ffn: dict[int, Tensor] | None) -> Any:
-        def caught(module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
-            blocks[i] = out[0]
-            if ffn is not None:
-                ffn[i] = out[1]
-
-        return caught
-
-    def student_start(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.embed = args[0]
-
-    def teacher_start(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.teacher_padding = args[1]
-
-    handles.append(student.transformer.register_forward_pre_hook(student_start))
-    handles.append(teacher.transformer.register_forward_pre_hook(teacher_start))
-    for i in range(len(student.transformer.blocks)):
-        handles.append(student.transformer.blocks[i].register_forward_hook(block(i, seen.student_blocks, None)))
-        handles.append(
-            teacher.transformer.blocks[i].register_forward_hook(block(i, seen.teacher_blocks, seen.teacher_ffn))
-        )
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+        load_recorded(
+            c, self.model, official.from_official(c.take_all(layout.student)),
+            official.teacher_from_official(c.take_all(layout.teacher)),
+        )  # fmt: skip
 
 
 def check_single_step(fixture: Fixture) -> Comparison:
@@ -124,15 +67,12 @@ def check_single_step(fixture: Fixture) -> Comparison:
 
     with watch(model) as seen:
         out = model(inputs, masks, teacher_inputs)
-    c.tensor("student_embed", seen.embed, ACTIVATION)
-    for name, ours in (
-        ("student_layer.", seen.student_blocks),
-        ("teacher_x.", seen.teacher_blocks),
-        ("target_layer.", seen.teacher_ffn),
-    ):
+    c.tensor("student_embed", seen["student"].args[0], ACTIVATION)
+    student, _ = by_block(seen, "student")
+    teacher, ffn = by_block(seen, "teacher")
+    for name, ours in (("student_layer.", student), ("teacher_x.", teacher), ("target_layer.", ffn)):
         c.tensors(name, {str(i): x for i, x in ours.items()}, ACTIVATION)
-    blocks, ffn = ([of[i] for i in sorted(of)] for of in (seen.teacher_blocks, seen.teacher_ffn))
-    full = model.targets(TransformerOutput(blocks[-1], ffn, blocks), seen.teacher_padding)
+    full = model.targets(seen["teacher"].out, seen["teacher"].args[1])
     c.tensor("target_full", full, ACTIVATION)
     c.tensor("target", out.target, ACTIVATION)
     c.tensor("pred", out.prediction, ACTIVATION)
@@ -165,11 +105,7 @@ def check_single_step(fixture: Fixture) -> Comparison:
     decay = schedules.decay_at(meta["ema"]["num_updates"], steps, config.teacher)
     c.number("json decay", decay, meta["ema"]["decay"], tight)
     model.update_teacher(decay)
-    after = fixture.layout.teacher_after
-    ours_after = official.teacher_to_official(model.teacher.own_state())
-    for name in ours_after.keys() - {name.removeprefix(after) for name in c.recorded(after)}:
-        c.fail(after + name, "owned by our teacher only")
-    c.tensors(after, ours_after, EMA)
+    compare_teacher(c, fixture.layout.teacher_after, model, official.teacher_to_official, EMA)
     return c.finish()
 
 

@@ -7,8 +7,8 @@ targets, a teacher averaged as a whole, a mean as the loss) is tested by hand in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,37 +18,15 @@ from d2v_core import schedules
 from d2v_core.config import load_config, parse_arguments
 from d2v_core.contract import Layout, Masks
 from d2v_core.data2vec import Data2Vec, channel_std
-from d2v_core.errors import UserError
 from d2v_core.keyed import generator
-from d2v_core.run import build_model, load_model_state
+from d2v_core.run import build_model
 from d2v_vision import official
 from d2v_vision.feature_encoder import RelativeBias
 from d2v_vision.masking import BlockMasking, BlockMaskingConfig
 
 from .compare import ACTIVATION, EMA, GRADIENT, LOSS, Comparison, Limit
 from .finder import Fixture
-
-
-@contextmanager
-def watch(model: Data2Vec) -> Iterator[dict[str, Any]]:
-    """What the transformers of student and teacher were given and gave, per block."""
-    seen: dict[str, Any] = {}
-    student: Any = model.student
-    teacher: Any = model.teacher.module
-    handles: list[Any] = []
-
-    def keep(module: Any, name: str) -> None:
-        handles.append(module.register_forward_hook(lambda _module, args, out: seen.update({name: (args[0], out)})))
-
-    for whose, network in (("student", student), ("teacher", teacher)):
-        keep(network.transformer, whose)
-        for i, block in enumerate(network.transformer.blocks):
-            keep(block, f"{whose}.{i}")
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+from .models import compare_teacher, load_recorded, watch
 
 
 def build(c: Comparison, changes: Mapping[str, str] | None = None) -> tuple[Any, Data2Vec]:
@@ -58,15 +36,11 @@ def build(c: Comparison, changes: Mapping[str, str] | None = None) -> tuple[Any,
     config, kind = load_config([f"{key}={value}" for key, value in options.items()])
     model = build_model(kind(config))
     layout = c.fixture.layout
-    load_model_state(model, official.from_official(c.take_all(layout.student), config), c.fixture.id)
-    model.update_teacher(0.0)  # equal to the student, as a new teacher is
-    teacher = official.teacher_from_official(c.take_all(layout.teacher), config)
-    try:
-        model.teacher.load_own_state(teacher)
-    except KeyError as error:
-        c.fail("teacher", f"owns other tensors than the official one: {error}")
-        c.finish()
-    return config, model.train()
+    load_recorded(
+        c, model, official.from_official(c.take_all(layout.student), config),
+        official.teacher_from_official(c.take_all(layout.teacher), config),
+    )  # fmt: skip
+    return config, model
 
 
 def check_single_step(fixture: Fixture, changes: Mapping[str, str] | None = None) -> Comparison:
@@ -80,12 +54,11 @@ def check_single_step(fixture: Fixture, changes: Mapping[str, str] | None = None
     masks = Masks.of(c.take("mask").flatten(1))
     with watch(model) as seen:
         out = model(inputs, masks)
-    c.tensor("encoder_input_unmasked", seen["teacher"][0], ACTIVATION)
-    num_layers = config.model.num_layers
+    c.tensor("encoder_input_unmasked", seen["teacher"].args[0], ACTIVATION)
     at_block = config.target.tap == "block"
-    for i in range(num_layers):
-        c.tensor(f"student_layer.{i}", seen[f"student.{i}"][1][0], ACTIVATION)
-        c.tensor(f"target_layer.{i}", seen[f"teacher.{i}"][1][0 if at_block else 1][:, 1:], ACTIVATION)
+    for i in range(config.model.num_layers):
+        c.tensor(f"student_layer.{i}", seen[f"student.{i}"].out[0], ACTIVATION)
+        c.tensor(f"target_layer.{i}", seen[f"teacher.{i}"].out[0 if at_block else 1][:, 1:], ACTIVATION)
     everywhere = Masks.of(torch.ones_like(masks.hidden))
     tokens = model.student.encoder.embed(inputs)
     c.tensor("target_full", model.target(tokens, inputs, everywhere).view(len(tokens.x), -1, tokens.x.shape[2]),
@@ -122,14 +95,8 @@ def check_single_step(fixture: Fixture, changes: Mapping[str, str] | None = None
         ours = schedules.decay_at(int(step), config.train.max_steps, config.teacher)
         c.number(f"json decay_at_step {step}", ours, decay, Limit(absolute=1e-12))
     model.update_teacher(schedules.decay_at(ema["num_updates"], config.train.max_steps, config.teacher))
-    try:
-        ours = official.teacher_to_official(model.teacher.own_state(), config)
-    except UserError as error:
-        c.fail("teacher_after.*", str(error))
-        return c.finish()
-    for name in ours.keys() - {name.removeprefix("teacher_after.") for name in c.recorded("teacher_after.")}:
-        c.fail(f"teacher_after.{name}", "owned by our teacher only")
-    c.tensors("teacher_after.", ours, EMA)
+    to_official = partial(official.teacher_to_official, config=config)
+    compare_teacher(c, fixture.layout.teacher_after, model, to_official, EMA)
     return c.finish()
 
 

@@ -24,19 +24,11 @@ from d2v_text.tokenizer import BOS, PAD, train_tokenizer
 
 SMALL = ("data.grammar_documents=20", "data.batch_tokens=512", "model.embed_dim=32", "model.num_layers=2",
          "target.top_k_layers=2")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def modality(*words: str) -> TextModality:
-    config, kind = load_config(["modality=text", *words], lambda name: TextModality)
-    made = kind(config)
-    assert isinstance(made, TextModality)
-    return made
+    return TextModality(load_config(["modality=text", *words], lambda name: TextModality)[0])
 
 
 @pytest.fixture

@@ -13,38 +13,24 @@ import pytest
 import torch
 
 import d2v_core
-from d2v_core import checkpoint, cli
+from d2v_core import cli
 from d2v_core.errors import UserError
 
-SMALL = {"model.embed_dim": "32", "model.num_layers": "2", "model.num_heads": "2", "target.top_k_layers": "2"}
-TINY = {
-    "modality": "text",
-    **SMALL,
-    "data.grammar_documents": "30",
-    "data.batch_tokens": "512",
-    "train.max_steps": "5",
-    "train.log_every": "1",
-    "train.num_workers": "0",
-    "train.tensorboard": "false",
-    "train.probe": "false",
-}
-TIMES = ("throughput", "data_wait", "seconds")  # of a line of metrics.jsonl, which no two runs share
+from ..runs import SHORT, SMALL, call_d2v, metrics, options, weights
+
+TINY = {"modality": "text", **SMALL, **SHORT, "data.grammar_documents": "30", "data.batch_tokens": "512"}
 WORDS = ["the house stands on a hill", "a tree grows near the house", "she reads the book by the tree", "it rains"]
 Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def d2v(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def d2v(own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """`d2v run` on tiny sizes in a folder of its own; exit status and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    torch.set_num_threads(1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_folder / "cache"))
 
     def call(*words: str, verb: str = "run") -> tuple[int, str]:
-        given = dict(word.split("=", 1) for word in words)
-        status = cli.main([verb, *(f"{key}={value}" for key, value in {**TINY, **given}.items())])
-        printed = capsys.readouterr()
-        return status, printed.out + printed.err
+        status, out, error = call_d2v(capsys, TINY, options(words), verb)
+        return status, out + error
 
     return call
 
@@ -60,15 +46,6 @@ def books(tmp_path: Path) -> Path:
         (folder / name).write_text("\n".join(lines))
     assert cli.main(["tokenizer", "train", str(folder), "vocab_size=300", f"out={tmp_path / 't.json'}"]) == 0
     return folder
-
-
-def metrics(run: str) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
-def weights(run: str) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.list_checkpoints(Path(run, "checkpoints"))[-1]).model
 
 
 def test_a_run_repeats_itself_with_any_number_of_workers(d2v: Run):

@@ -23,12 +23,7 @@ from d2v_vision.feature_encoder import (
 )
 
 MODEL = ModelConfig(embed_dim=16, num_layers=3, num_heads=2, norm="pre", attention_bias="qv", layer_scale=0.1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def encoder() -> PatchEncoder:

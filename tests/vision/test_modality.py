@@ -24,12 +24,7 @@ PRESETS = sorted(path.stem for path in VisionModality.recipes().glob("*.yaml"))
 SMALL = ("data.synthetic_images=16", "data.batch=8", "data.micro_batch=4", "model.embed_dim=16", "model.num_layers=2",
          "model.num_heads=2", "target.top_k_layers=2", "data.image_size=32", "features.patch_size=8",
          "mask.num_patches=9", "mask.min_block=2")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def configured(*words: str) -> RunConfig:

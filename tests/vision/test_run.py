@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import d2v_core
-from d2v_core import cli, plugins
+from d2v_core import plugins
 from d2v_vision import data
 from d2v_vision.modality import VisionModality
+
+from ..runs import SHORT, call_d2v, lines
 
 TINY = {
     "modality": "vision",
@@ -28,33 +30,23 @@ TINY = {
     "mask.min_block": "2",
     "data.synthetic_images": "24",
     "data.batch": "8",
+    **SHORT,
     "train.max_steps": "6",
-    "train.log_every": "1",
-    "train.num_workers": "0",
-    "train.tensorboard": "false",
-    "train.probe": "false",
 }
 Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def d2v(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def d2v(own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """`d2v run` on tiny sizes in a folder of its own: exit status and all that was printed."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plugins, "load", lambda name: VisionModality)
-    torch.set_num_threads(1)
 
     def call(**options: str) -> tuple[int, str]:
-        given = {**TINY, **{key.replace("__", "."): value for key, value in options.items()}}
-        status = cli.main(["run", *(f"{key}={value}" for key, value in given.items())])
-        printed = capsys.readouterr()
-        return status, printed.out + printed.err
+        words = {key.replace("__", "."): value for key, value in options.items()}
+        status, out, error = call_d2v(capsys, TINY, words)
+        return status, out + error
 
     return call
-
-
-def lines(run: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_without_data_ends_with_the_probe(d2v: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ or Ogg file as a shorter one without a word. A format for which there is no such
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import zlib
@@ -17,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, NoReturn
+from typing import BinaryIO, Literal
 
 import numpy as np
 import soundfile
 
 from d2v_core.errors import UserError
+from d2v_core.files import check_bad_files, existing, first, kind, none_found, subfolder, walk
 
 AUDIO_EXTENSIONS = (".aif", ".aifc", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # in either case
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; outside, a header is damaged or a config is in kHz
@@ -72,7 +72,7 @@ class ScanReport:
         if self.resampled:
             rates = Counter(clip.source_rate for clip in self.clips if clip.source_rate != self.sample_rate)
             text += f"; {self.resampled} resampled ({', '.join(f'{n} from {r} Hz' for r, n in sorted(rates.items()))})"
-        return text + (f"\n{len(self.bad)} unreadable: {_first(self.bad, '; ')}" if self.bad else "")
+        return text + (f"\n{len(self.bad)} unreadable: {first(_named(self.bad), '; ')}" if self.bad else "")
 
 
 def scan(
@@ -129,22 +129,17 @@ def scan(
     other = [clip for clip in long if clip.source_rate != sample_rate]
     report = ScanReport(long, len(clips) - len(long), tuple(bad), len(other), sample_rate, min_s)
 
-    if len(bad) > max_bad_ratio * len(entries):
-        share = f"{len(bad)} of {len(entries)} audio files ({len(bad) / len(entries):.1%})"
-        raise UserError(
-            f"data.path={path}: {share} are unreadable, more than data.max_bad_ratio={max_bad_ratio:g} allows:\n"
-            f"  {_first(bad, chr(10) + '  ')}\nMend or remove them, or raise data.max_bad_ratio to do without them."
-        )
+    check_bad_files(_named(bad), len(entries), max_bad_ratio, "audio files", path)
     if not long:
         raise UserError(
             f"data.path={path}: none of {len(entries)} audio files is usable, {report.too_short} are shorter than "
             f"data.min_s={min_s:g} s and {len(bad)} unreadable. Lower data.min_s or give longer files."
         )
     if other and rate_policy == "refuse":
-        first, rate = other[0].id, other[0].source_rate
+        name, rate = other[0].id, other[0].source_rate
         raise UserError(
             f"data.path={path}: {len(other)} of {len(long)} files are not at data.sample_rate={sample_rate} Hz, first "
-            f"{first} at {rate} Hz. Set data.rate_policy=resample, or data.sample_rate={rate} if all are at that rate."
+            f"{name} at {rate} Hz. Set data.rate_policy=resample, or data.sample_rate={rate} if all are at that rate."
         )
     return report
 
@@ -199,17 +194,9 @@ class _Entry:
 
 
 def _entries(given: str | Path, split: str | None) -> list[_Entry]:
-    if not str(given).strip():
-        raise UserError("data.path is empty: give a folder, a .tsv table or an audio file.")
-    path = Path(given).expanduser().resolve()
+    path = existing(given, "a folder, a .tsv table or an audio file")
     if path.is_dir():
         return _folder(path, given, split)
-    if not path.exists():
-        parent = next(parent for parent in path.parents if parent.is_dir())
-        missing, names = path.relative_to(parent).parts[0], sorted(os.listdir(parent))
-        near = difflib.get_close_matches(missing, names, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There is: {', '.join(names[:9]) or '-'}."
-        raise UserError(f"data.path={given} does not exist: there is no {missing!r} in {parent}. {hint}")
     if path.suffix.lower() == ".tsv":
         return _table(path, given, split)
     if path.suffix.lower() not in AUDIO_EXTENSIONS:
@@ -222,36 +209,20 @@ def _entries(given: str | Path, split: str | None) -> list[_Entry]:
 
 def _folder(root: Path, given: str | Path, split: str | None) -> list[_Entry]:
     """Audio files below a folder. Hidden names are left out; links to folders are followed, each folder once."""
-
-    def stop(error: OSError) -> NoReturn:
-        raise UserError(f"data.path={given}: cannot list {error.filename} ({error.strerror}): mend its permissions.")
-
-    top = root if split is None else root / split
-    there = sorted(child.name for child in root.iterdir() if child.is_dir()) if split is not None else []
-    if split is not None and split not in there:
-        raise UserError(f"data.path={given} has no sub-folder {split!r}. Sub-folders: {', '.join(there) or 'none'}.")
+    top = root if split is None else subfolder(root, split, given)
     entries: list[_Entry] = []
-    found: Counter[str] = Counter()
-    seen: set[str] = set()
-    for folder, subfolders, names in os.walk(top, onerror=stop, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if os.path.realpath(folder) in seen:
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    kinds: Counter[str] = Counter()
+    for folder, names in walk(top, given):
+        paths = [folder / name for name in names if not name.startswith(".")]
         texts = _librispeech_texts(paths)
+        kinds.update(map(kind, paths))
         for path in paths:
-            found[path.suffix.lower() or "no extension"] += 1
             if path.suffix.lower() in AUDIO_EXTENSIONS and path.is_file():
                 speaker = path.parent.parent.name if path.stem in texts else None
                 entries.append(_Entry(path.relative_to(root).as_posix(), path, texts.get(path.stem), speaker))
     if not entries:
-        kinds = ", ".join(f"{number} x {kind}" for kind, number in found.most_common(5)) or "no files at all"
-        raise UserError(
-            f"data.path={given}: no audio files in {top} or below. Looked for {' '.join(AUDIO_EXTENSIONS)}; found "
-            f"{kinds}. Unpack archives, convert other formats (ffmpeg -i in.m4a out.flac) or mend the path."
-        )
+        advice = "Unpack archives, convert other formats (ffmpeg -i in.m4a out.flac) or mend the path."
+        raise none_found("audio files", top, given, AUDIO_EXTENSIONS, kinds, advice)
     return entries
 
 
@@ -277,7 +248,7 @@ def _table(table: Path, given: str | Path, split: str | None) -> list[_Entry]:
         raise UserError(f"data.path={given} has no column 'split' to find {split!r} in: leave the split out.")
 
     entries: list[_Entry] = []
-    first: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     splits: set[str] = set()
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip():
@@ -292,12 +263,12 @@ def _table(table: Path, given: str | Path, split: str | None) -> list[_Entry]:
             problem = f"names a file outside of {root}"
         elif frames is not None and not (frames.isascii() and frames.isdigit()):
             problem = f"has {frames!r} for a number of samples"
-        elif str(file) in first:
-            problem = f"repeats the file of line {first[str(file)]}; remove one of the two"
+        elif str(file) in line_of:
+            problem = f"repeats the file of line {line_of[str(file)]}; remove one of the two"
         if problem:
             form = "<TAB>".join(columns)
             raise UserError(f"data.path={given} line {number} {problem}: {line[:120]!r}. Expected {form}.")
-        first[str(file)] = number
+        line_of[str(file)] = number
         splits.add(row.get("split", ""))
         if split is None or row["split"] == split:
             texts = row.get("transcript") or None, row.get("speaker") or None
@@ -485,8 +456,5 @@ def _finite(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _first(bad: Iterable[tuple[str, str]], separator: str) -> str:
-    """Five names with reasons; bytes in a name that are no text are escaped, to be printable."""
-    named = [f"{name} ({reason})" for name, reason in bad]
-    text = separator.join(named[:5] + ([f"and {len(named) - 5} more"] if len(named) > 5 else []))
-    return text.encode("utf-8", "backslashreplace").decode()
+def _named(bad: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"{name} ({reason})" for name, reason in bad]

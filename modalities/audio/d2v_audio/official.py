@@ -8,80 +8,55 @@ Where d2v stacks what is three tensors there (queries, keys, values), the rows s
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from d2v_audio.feature_encoder import WaveformConfig
 from d2v_core.config import RunConfig
 from d2v_core.errors import UserError
+from d2v_core.files import first
+from d2v_core.official import NameTable, Options, fairseq_blocks, gradients, moved
 
 TEACHER = "_ema"  # key under which fairseq nests the teacher's weights in the student's state
 
 # ---------------------------------------------------------------------------------------------------------- names
 
-_PARTS = "qkv"
-
 
 @lru_cache
-def _table(pre_norm: bool, group_norm: bool) -> tuple[tuple[str, str], ...]:
-    """(official, d2v) prefixes of `.weight` and `.bias`; # is a number. Where two lines share a d2v name, the first is
-    written and both are read."""
-    final_norm = "student.transformer.norm" if pre_norm else "student.encoder.norm"
+def _names(pre_norm: bool, group_norm: bool) -> NameTable:
+    final_norm = "student.transformer.norm." if pre_norm else "student.encoder.norm."
     conv_norm = (
-        ("feature_extractor.conv_layers.0.2", "student.encoder.embedding.norms.0")
+        ("feature_extractor.conv_layers.0.2.", "student.encoder.embedding.norms.0.")
         if group_norm
-        else ("feature_extractor.conv_layers.#.2.1", "student.encoder.embedding.norms.#")
+        else ("feature_extractor.conv_layers.#.2.1.", "student.encoder.embedding.norms.#.")
     )
-    return (
-        ("feature_extractor.conv_layers.#.0", "student.encoder.embedding.convs.#"),
-        conv_norm,
-        ("layer_norm", "student.encoder.embedding.norm"),
-        ("post_extract_proj", "student.encoder.embedding.project"),
-        ("encoder.pos_conv.#.0", "student.encoder.positions.convs.#"),
-        ("encoder.layer_norm", final_norm),
-        ("encoder.layers.#.self_attn.out_proj", "student.transformer.blocks.#.attention.out"),
-        ("encoder.layers.#.self_attn_layer_norm", "student.transformer.blocks.#.norm1"),
-        ("encoder.layers.#.fc1", "student.transformer.blocks.#.fc1"),
-        ("encoder.layers.#.fc2", "student.transformer.blocks.#.fc2"),
-        ("encoder.layers.#.final_layer_norm", "student.transformer.blocks.#.norm2"),
-        ("final_proj", "predictor.linear"),
-        ("final_proj.0", "predictor.linear"),  # of files from before the head became a single layer
+    return NameTable(
+        (
+            ("mask_emb", "student.encoder.mask_embedding"),
+            ("feature_extractor.conv_layers.#.0.", "student.encoder.embedding.convs.#."),
+            conv_norm,
+            ("layer_norm.", "student.encoder.embedding.norm."),
+            ("post_extract_proj.", "student.encoder.embedding.project."),
+            ("encoder.pos_conv.#.0.", "student.encoder.positions.convs.#."),
+            ("encoder.layer_norm.", final_norm),
+            *fairseq_blocks("encoder."),
+            ("final_proj.", "predictor.linear."),
+            ("final_proj.0.", "predictor.linear."),  # of files from before the head became a single layer
+        )
     )
 
 
-_OFFICIAL_QKV = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
-_D2V_QKV = re.compile(r"student\.transformer\.blocks\.(\d+)\.attention\.qkv\.(weight|bias)")
-
-
-@lru_cache(maxsize=4096)
-def _translate(name: str, pre_norm: bool, group_norm: bool, to_d2v: bool) -> str | None:
-    mask = ("mask_emb", "student.encoder.mask_embedding")
-    source, destination = mask if to_d2v else reversed(mask)
-    if name == source:
-        return destination
-    for official, d2v in _table(pre_norm, group_norm):
-        source, destination = (official, d2v) if to_d2v else (d2v, official)
-        pattern = re.escape(source).replace(r"\#", r"(\d+)") + r"\.(weight|bias)"
-        match = re.fullmatch(pattern, name)
-        if match:
-            *number, kind = match.groups()
-            return (destination.replace("#", number[0]) if number else destination) + "." + kind
-    return None
-
-
-def _options(config: RunConfig) -> tuple[bool, bool]:
-    """Whether the configuration has pre-norm blocks, and one group norm in the front end."""
+def _names_of(config: RunConfig) -> NameTable:
+    """They depend on where the norms stand."""
     features = config.sections.get("features")
     if not isinstance(features, WaveformConfig):
         raise UserError(
             f"encoder={config.encoder} has no counterpart in the official code: its weights fit encoder=waveform only."
         )
-    return config.model.norm == "pre", features.norm == "group"
+    return _names(config.model.norm == "pre", features.norm == "group")
 
 
 def from_official(state: Mapping[str, Any], config: RunConfig) -> dict[str, Tensor]:
@@ -94,76 +69,43 @@ def from_official(state: Mapping[str, Any], config: RunConfig) -> dict[str, Tens
         UserError: a name that is not known, one that stands there twice, or an incomplete set of queries, keys and
             values. Shapes are checked where the state is loaded.
     """
-    pre_norm, group_norm = _options(config)
-    out: dict[str, Tensor] = {}
-    stacks: dict[str, dict[str, Tensor]] = {}
-    unknown: list[str] = []
-    for name, tensor in state.items():
-        match = _OFFICIAL_QKV.fullmatch(name)
-        if match:
-            layer, part, kind = match.groups()
-            stacks.setdefault(f"student.transformer.blocks.{layer}.attention.qkv.{kind}", {})[part] = tensor
-            continue
-        ours = _translate(name, pre_norm, group_norm, True)
-        if ours in out:
-            raise UserError(f"The official weights give {ours} twice, the second time as {name}.")
-        if ours is not None:
-            out[ours] = tensor
-        elif name != TEACHER:
-            unknown.append(name)
+    out, unknown = _names_of(config).to_d2v({name: tensor for name, tensor in state.items() if name != TEACHER})
     if unknown:
         raise UserError(
             f"{len(unknown)} names are not known as data2vec audio 1.0 weights for this configuration: "
-            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
+            f"{first(unknown, ', ', more='...')}."
         )
-    for ours, parts in stacks.items():
-        missing = [part for part in _PARTS if part not in parts]
-        if missing:
-            raise UserError(f"For {ours} the official weights lack {', '.join(f'{part}_proj' for part in missing)}.")
-        out[ours] = torch.cat([parts[part] for part in _PARTS])
     return out
 
 
 def teacher_from_official(state: Mapping[str, Any], config: RunConfig) -> dict[str, Tensor]:
     """fairseq's `_ema` entry, whose names are relative to `encoder.`, as the state that `EMATeacher.load_own_state`
     takes. Raises UserError as `from_official` does."""
-    renamed = from_official({f"encoder.{name}": tensor for name, tensor in state.items()}, config)
-    return {name.removeprefix("student."): tensor for name, tensor in renamed.items()}
+    return moved(from_official(moved(state, "", "encoder."), config), "student.", "")
 
 
 def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
     """The way back: d2v names of student and predictor to official ones. Raises UserError for a name not known."""
-    pre_norm, group_norm = _options(config)
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        match = _D2V_QKV.fullmatch(name)
-        if match:
-            layer, kind = match.groups()
-            for part, rows in zip(_PARTS, tensor.chunk(3), strict=True):
-                out[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] = rows
-            continue
-        official = _translate(name, pre_norm, group_norm, False)
-        if official is None:
-            raise UserError(f"{name} has no counterpart in the official code.")
-        out[official] = tensor
+    out, unknown = _names_of(config).to_official(state)
+    if unknown:
+        raise UserError(f"{unknown[0]} has no counterpart in the official code.")
     return out
 
 
 def teacher_to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
     """`EMATeacher.own_state()` under fairseq's names. Raises UserError where the teacher owns what its does not."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in to_official({f"student.{name}": tensor for name, tensor in state.items()}, config).items():
+    out = to_official(moved(state, "", "student."), config)
+    for name in out:
         if not name.startswith("encoder."):
             raise UserError(f"The official teacher has no {name} of its own; here it is not shared with the student.")
-        out[name.removeprefix("encoder.")] = tensor
-    return out
+    return moved(out, "encoder.", "")
 
 
 def gradients_to_official(model: nn.Module, config: RunConfig) -> dict[str, Tensor | None]:
     """Gradients of a `Data2Vec` under official names; None where there is none."""
-    own = {name: p for name, p in model.named_parameters() if not name.startswith("teacher.")}
-    given = to_official({name: p.grad for name, p in own.items() if p.grad is not None}, config)
-    without = to_official({name: p for name, p in own.items() if p.grad is None}, config)
+    own = gradients(model)
+    given = to_official({name: grad for name, grad in own.items() if grad is not None}, config)
+    without = to_official({name: model.get_parameter(name) for name, grad in own.items() if grad is None}, config)
     return {**given, **dict.fromkeys(without)}
 
 
@@ -184,17 +126,17 @@ _INERT = frozenset((
 # fmt: on
 
 # What d2v has no option for: the key and the only value that it can do, assumed where older files do not say.
-_FIXED: tuple[tuple[str, Any], ...] = (
-    ("activation_fn", "gelu"),
-    ("layer_type", "transformer"),
-    ("attn_type", ""),
-    ("dropout_input", 0.0),
-    ("mask_selection", "static"),
-    ("no_mask_overlap", False),
-    ("mask_channel_prob", 0.0),
-    ("crop_seq_to_multiple", 1),
-    ("ema_transformer_only", True),
-)
+_FIXED: Mapping[str, Any] = {
+    "activation_fn": "gelu",
+    "layer_type": "transformer",
+    "attn_type": "",
+    "dropout_input": 0.0,
+    "mask_selection": "static",
+    "no_mask_overlap": False,
+    "mask_channel_prob": 0.0,
+    "crop_seq_to_multiple": 1,
+    "ema_transformer_only": True,
+}
 
 
 def config_from_official(cfg: Mapping[str, Any], *, exact: bool = True, strict: bool = True) -> list[str]:
@@ -209,24 +151,10 @@ def config_from_official(cfg: Mapping[str, Any], *, exact: bool = True, strict: 
     Raises:
         UserError: a key is missing or unknown, or has a value that d2v cannot reproduce. The message has them all.
     """
-    problems: list[str] = []
-    left = dict(cfg)
-
-    def take(key: str, kind: type | tuple[type, ...], *default: Any) -> Any:
-        value = left.pop(key, *default) if key in left or default else None
-        if key not in cfg and not default:
-            problems.append(f"{key} is missing")
-        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            problems.append(f"{key}={value!r} is {type(value).__name__}")
-        else:
-            return value
-        return None
-
+    options = Options(cfg)
+    options.fixed(_FIXED)
+    take, problems = options.take, options.problems
     number = (int, float)
-    for key, possible in _FIXED:
-        value = left.pop(key, possible)
-        if value != possible:
-            problems.append(f"{key}={value!r}: d2v has only {possible!r}")
     extractor = take("extractor_mode", str)
     if extractor not in ("layer_norm", "default", None):
         problems.append(f"extractor_mode={extractor!r} is neither layer_norm nor default")
@@ -298,22 +226,8 @@ def config_from_official(cfg: Mapping[str, Any], *, exact: bool = True, strict: 
         "guard.min_target_std": take("min_target_var", number, 0.1),
         "guard.min_pred_std": take("min_pred_var", number, 0.01),
     }
-    unknown = sorted(left.keys() - _INERT) if strict else []
-    if unknown:
-        problems.append(f"unknown: {', '.join(unknown)}")
-    if problems:
-        raise UserError(
-            "The official configuration does not fit data2vec audio 1.0 as d2v has it:\n  " + "\n  ".join(problems)
-        )
-    return [f"{key}={_word(value)}" for key, value in values.items()]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    return (
-        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
+    unknown = (key for key in options.left() if strict and key not in _INERT)
+    return options.words(values, "data2vec audio 1.0", unknown)
 
 
 def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:

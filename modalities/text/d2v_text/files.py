@@ -22,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from d2v_core.errors import UserError
+from d2v_core.files import check_bad_ratio, existing
 from d2v_text.tokenizer import BOS, BPE, EOS
 
 TEXT_EXTENSIONS = (".raw", ".text", ".tokens", ".txt")
@@ -35,17 +36,9 @@ FORMAT = 1  # of the cache; raise it when its content changes
 
 def find_files(given: str | Path, key: str = "data.path") -> list[Path]:
     """A file, or those below a folder in a stable order; hidden names are left out. Raises UserError."""
-    if not str(given).strip():
-        raise UserError(f"{key} is empty: give a text file, a .jsonl file or a folder.")
-    path = Path(given).expanduser().resolve()
+    path = existing(given, "a text file, a .jsonl file or a folder", key)
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        parent = next(parent for parent in path.parents if parent.is_dir())
-        missing, names = path.relative_to(parent).parts[0], sorted(os.listdir(parent))
-        near = difflib.get_close_matches(missing, names, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There is: {', '.join(names[:9]) or '-'}."
-        raise UserError(f"{key}={given} does not exist: there is no {missing!r} in {parent}. {hint}")
     kinds = TEXT_EXTENSIONS + RECORD_EXTENSIONS
     found = [
         file
@@ -129,13 +122,11 @@ class Reader:
 
     def check(self, max_bad_ratio: float, given: str) -> None:
         """Raises UserError where too much was left out."""
-        if self.num_bad > max_bad_ratio * self.num_lines:
-            option = f"{self.section}max_bad_ratio"
-            raise UserError(
-                f"{given}: {self.num_bad} of {self.num_lines} lines cannot be read, more than {option}="
-                f"{max_bad_ratio:g} allows:\n  " + "\n  ".join(self.bad) + "\nMend them (other encodings: iconv -f "
-                f"LATIN1 -t UTF-8), or raise {option} to do without them."
-            )
+        check_bad_ratio(
+            self.num_bad, self.num_lines, max_bad_ratio, named="\n  ".join(self.bad),
+            found=f"{given}: {self.num_bad} of {self.num_lines} lines cannot be read",
+            advice="Mend them (other encodings: iconv -f LATIN1 -t UTF-8)", option=f"{self.section}max_bad_ratio",
+        )  # fmt: skip
 
     def summary(self) -> str:
         """What was left out, or nothing."""

@@ -7,15 +7,15 @@ three tensors there (queries, keys, values), the rows stand in this order.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2v_core.errors import UserError
+from d2v_core.files import first
+from d2v_core.official import NameTable, Options, fairseq_blocks, gradients, moved
 
 TEACHER = "_ema"  # key under which fairseq nests the teacher's weights in the student's state
 SENTENCE = "encoder.sentence_encoder."  # what the teacher is a copy of
@@ -24,33 +24,15 @@ FINGERPRINT = "student.encoder.embedding.fingerprint"  # ours alone; 0 = the voc
 
 # ---------------------------------------------------------------------------------------------------------- names
 
-_PARTS = "qkv"
-# (official, d2v) prefixes of `.weight` and `.bias`; # is a number.
-_TABLE = (
-    (SENTENCE + "embed_tokens", "student.encoder.embedding.table"),
-    (SENTENCE + "embed_positions", "student.encoder.positions"),
-    (SENTENCE + "layernorm_embedding", "student.encoder.norm"),
-    (SENTENCE + "layers.#.self_attn.out_proj", "student.transformer.blocks.#.attention.out"),
-    (SENTENCE + "layers.#.self_attn_layer_norm", "student.transformer.blocks.#.norm1"),
-    (SENTENCE + "layers.#.fc1", "student.transformer.blocks.#.fc1"),
-    (SENTENCE + "layers.#.fc2", "student.transformer.blocks.#.fc2"),
-    (SENTENCE + "layers.#.final_layer_norm", "student.transformer.blocks.#.norm2"),
-    ("encoder.regression_head.#", "predictor.layers.#"),
+_NAMES = NameTable(
+    (
+        (SENTENCE + "embed_tokens.", "student.encoder.embedding.table."),
+        (SENTENCE + "embed_positions.", "student.encoder.positions."),
+        (SENTENCE + "layernorm_embedding.", "student.encoder.norm."),
+        *fairseq_blocks(SENTENCE),
+        ("encoder.regression_head.#.", "predictor.layers.#."),
+    )
 )
-_OFFICIAL_QKV = re.compile(re.escape(SENTENCE) + r"layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
-_D2V_QKV = re.compile(r"student\.transformer\.blocks\.(\d+)\.attention\.qkv\.(weight|bias)")
-
-
-@lru_cache(maxsize=4096)
-def _translate(name: str, to_d2v: bool) -> str | None:
-    for official, d2v in _TABLE:
-        source, destination = (official, d2v) if to_d2v else (d2v, official)
-        pattern = re.escape(source).replace(r"\#", r"(\d+)") + r"\.(weight|bias)"
-        match = re.fullmatch(pattern, name)
-        if match:
-            *number, kind = match.groups()
-            return (destination.replace("#", number[0]) if number else destination) + "." + kind
-    return None
 
 
 def from_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -60,72 +42,43 @@ def from_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
     that stands there twice, or an incomplete set of queries, keys and values.
     """
     # Files from before fairseq renamed two modules (data2vec_text.py, `upgrade_state_dict_named`).
-    renamed = {
+    weights = {
         name.replace(".emb_layer_norm.", ".layernorm_embedding.").replace(".lm_head.", ".regression_head."): tensor
         for name, tensor in state.items()
     }
-    if len(renamed) < len(state):
+    if len(weights) < len(state):
         raise UserError("The official weights have a tensor under an old name and under a new one.")
-    out: dict[str, Tensor] = {FINGERPRINT: torch.tensor(0)}
-    stacks: dict[str, dict[str, Tensor]] = {}
-    unknown: list[str] = []
-    for name, tensor in renamed.items():
-        match = _OFFICIAL_QKV.fullmatch(name)
-        if match:
-            layer, part, kind = match.groups()
-            stacks.setdefault(f"student.transformer.blocks.{layer}.attention.qkv.{kind}", {})[part] = tensor
-        elif (ours := _translate(name, True)) is not None:
-            out[ours] = tensor
-        elif name != VERSION and name.rpartition(".")[2] != TEACHER:
-            unknown.append(name)
+    passed_over = [name for name in weights if name == VERSION or name.rpartition(".")[2] == TEACHER]
+    out, unknown = _NAMES.to_d2v({name: tensor for name, tensor in weights.items() if name not in passed_over})
     if unknown:
         raise UserError(
-            f"{len(unknown)} names are not known as data2vec text 1.0 weights: {', '.join(unknown[:5])}"
-            f"{', ...' if len(unknown) > 5 else ''}."
+            f"{len(unknown)} names are not known as data2vec text 1.0 weights: {first(unknown, ', ', more='...')}."
         )
-    for ours, parts in stacks.items():
-        missing = [part for part in _PARTS if part not in parts]
-        if missing:
-            raise UserError(f"For {ours} the official weights lack {', '.join(f'{part}_proj' for part in missing)}.")
-        out[ours] = torch.cat([parts[part] for part in _PARTS])
-    return out
+    return {FINGERPRINT: torch.tensor(0), **out}
 
 
 def teacher_from_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """fairseq's `_ema` entry, whose names are relative to the sentence encoder, as the state that
     `EMATeacher.load_own_state` takes. Raises UserError as `from_official` does."""
-    renamed = from_official({SENTENCE + name: tensor for name, tensor in state.items()})
-    return {name.removeprefix("student."): tensor for name, tensor in renamed.items()}
+    return moved(from_official(moved(state, "", SENTENCE)), "student.", "")
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The way back: d2v names of student and predictor to official ones. Raises UserError for a name not known."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        match = _D2V_QKV.fullmatch(name)
-        if match:
-            layer, kind = match.groups()
-            for part, rows in zip(_PARTS, tensor.chunk(3), strict=True):
-                out[f"{SENTENCE}layers.{layer}.self_attn.{part}_proj.{kind}"] = rows
-        elif name == FINGERPRINT:
-            out[VERSION] = torch.tensor([3.0])
-        elif (official := _translate(name, False)) is not None:
-            out[official] = tensor
-        else:
-            raise UserError(f"{name} has no counterpart in the official code.")
-    return out
+    out, unknown = _NAMES.to_official({name: tensor for name, tensor in state.items() if name != FINGERPRINT})
+    if unknown:
+        raise UserError(f"{unknown[0]} has no counterpart in the official code.")
+    return {**out, VERSION: torch.tensor([3.0])} if FINGERPRINT in state else out
 
 
 def teacher_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`EMATeacher.own_state()` under fairseq's names."""
-    renamed = to_official({f"student.{name}": tensor for name, tensor in state.items()})
-    return {name.removeprefix(SENTENCE): tensor for name, tensor in renamed.items()}
+    return moved(to_official(moved(state, "", "student.")), SENTENCE, "")
 
 
 def gradients_to_official(model: nn.Module) -> dict[str, Tensor]:
     """Gradients of a `Data2Vec` under official names, those that there are."""
-    own = {name: p.grad for name, p in model.named_parameters() if not name.startswith("teacher.")}
-    return to_official({name: grad for name, grad in own.items() if grad is not None})
+    return to_official({name: grad for name, grad in gradients(model).items() if grad is not None})
 
 
 # -------------------------------------------------------------------------------------------------- configuration
@@ -162,29 +115,14 @@ def config_from_official(cfg: Mapping[str, Any], *, vocab_size: int, exact: bool
             the section `transformer`, which also serves a decoder that this model does not have, what is not known is
             passed over.
     """
-    problems: list[str] = []
-    flat = _flatten(cfg)
-    taken: set[str] = set()
-    for key, possible in _FIXED.items():
-        if flat.get(key, possible) != possible:
-            problems.append(f"{key}={flat[key]!r}: d2v has only {possible!r}")
-
-    def take(key: str, kind: type | tuple[type, ...], *default: Any) -> Any:
-        taken.add(key)
-        if key not in flat and not default:
-            problems.append(f"{key} is missing")
-            return None
-        value = flat.get(key, *default)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            problems.append(f"{key}={value!r} is {type(value).__name__}")
-            return None
-        return value
-
+    options = Options(_flatten(cfg))
+    options.fixed(_FIXED)
+    take = options.take
     dim, hidden = take("transformer.encoder.embed_dim", int) or 1, take("transformer.encoder.ffn_embed_dim", int) or 1
     norms = [name for name in ("batch", "instance", "layer") if take(f"{name}_norm_target_layer", bool, False)]
     mean_norms = [name for name in ("layer", "instance") if take(f"{name}_norm_targets", bool, False)]
     scale = take("loss_scale", _NUMBER)
-    words: dict[str, Any] = {
+    values: dict[str, Any] = {
         "modality": "text",
         "preset": "base_shipped",
         "embedding.vocab_size": vocab_size,
@@ -202,25 +140,21 @@ def config_from_official(cfg: Mapping[str, Any], *, vocab_size: int, exact: bool
         "model.layer_drop": take("transformer.encoder.layerdrop", _NUMBER, 0),
         "target.top_k_layers": take("average_top_k_layers", int),
         "target.tap": "ffn",
-        "target.layer_norms": f"[{','.join(norms)}]",
-        "target.mean_norms": f"[{','.join(mean_norms)}]",
-        "target.padding_in_stats": str(exact).lower(),
+        "target.layer_norms": norms,
+        "target.mean_norms": mean_norms,
+        "target.padding_in_stats": exact,
         "loss.beta": take("loss_beta", _NUMBER, 0),
         "loss.scale": "inverse_sqrt" if scale is not None and scale <= 0 else scale,
         "teacher.ema_decay": take("ema_decay", _NUMBER),
         "teacher.ema_end_decay": take("ema_end_decay", _NUMBER),
         "teacher.ema_anneal_steps": take("ema_anneal_end_step", int),
     }
-    unknown = sorted(key for key in flat.keys() - taken - _INERT if not key.startswith("transformer."))
-    if unknown:
-        problems.append(f"unknown: {', '.join(unknown)}")
     if int(dim * (hidden / dim)) != hidden:
-        problems.append(f"transformer.encoder.ffn_embed_dim={hidden} over embed_dim={dim} is no ratio d2v can state")
-    if problems:
-        raise UserError(
-            "The official configuration does not fit data2vec text 1.0 as d2v has it:\n  " + "\n  ".join(problems)
+        options.problems.append(
+            f"transformer.encoder.ffn_embed_dim={hidden} over embed_dim={dim} is no ratio d2v can state"
         )
-    return [f"{key}={value}" for key, value in words.items()]
+    unknown = (key for key in options.left() if key not in _INERT and not key.startswith("transformer."))
+    return options.words(values, "data2vec text 1.0", unknown)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

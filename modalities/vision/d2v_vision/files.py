@@ -6,23 +6,21 @@ damaged is named and left out, never passed on as half an image. Pillow does the
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import lzma
-import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from d2v_core.errors import UserError
+from d2v_core.files import check_bad_files, existing, first, kind, none_found, subfolder, walk
 
 IMAGE_EXTENSIONS = (
     ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
@@ -30,6 +28,8 @@ IMAGE_EXTENSIONS = (
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what a file may turn out to be, whatever its name
 MAX_RECORD_BYTES = 1 << 31  # unpacked; a packed file that goes on and on is not read to its end
 NUM_THREADS = 4
+EXPECTED = "a folder or a file"  # of data.path
+MORE = "... and {} more"  # behind the first of a list
 CIFAR_PIXELS = 3 * 32 * 32
 _CIFAR_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test|cifar.*)\.bin(\.xz|\.gz)?")
 
@@ -70,9 +70,9 @@ class ScanReport:
         if self.too_small:
             text += f"; {self.too_small} dropped as narrower than {self.min_side} pixels, a patch"
         if self.bad:
-            text += f"\n{len(self.bad)} unreadable: {_first([f'{name}: {reason}' for name, reason in self.bad], '; ')}"
+            text += f"\n{len(self.bad)} unreadable: {first(_named(self.bad), '; ', more=MORE)}"
         if self.empty:
-            text += f"\n{len(self.empty)} folders without an image: {_first(self.empty, ', ')}"
+            text += f"\n{len(self.empty)} folders without an image: {first(self.empty, ', ', more=MORE)}"
         return text
 
 
@@ -115,13 +115,7 @@ def scan(
         image for image, size in zip(found, sizes, strict=True) if not isinstance(size, str) and min(size) >= min_side
     )
     report = ScanReport(top, images, bad, len(found) - len(bad) - len(images), min_side, empty)
-    if len(bad) > max_bad_ratio * len(found):
-        lines = _first([f"{name}: {reason}" for name, reason in bad], "\n  ")
-        raise UserError(
-            f"data.path={path}: {len(bad)} of {len(found)} images ({len(bad) / len(found):.1%}) are unreadable, more "
-            f"than data.max_bad_ratio={max_bad_ratio:g} allows:\n  {lines}\n"
-            "Mend or remove them, or raise data.max_bad_ratio to do without them."
-        )
+    check_bad_files(_named(bad), len(found), max_bad_ratio, "images", path, MORE)
     if not images:
         raise UserError(
             f"data.path={path}: none of {len(found)} images is usable; {report.too_small} are narrower than a patch of "
@@ -177,7 +171,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 def _find(given: str | Path, split: str | None) -> tuple[Path, list[ImageFile], tuple[str, ...]]:
     """(folder searched, files by id, class folders without an image)."""
-    root = existing(given)
+    root = existing(given, EXPECTED)
     if not root.is_dir():
         if root.suffix.lower() not in IMAGE_EXTENSIONS:
             raise UserError(
@@ -187,59 +181,29 @@ def _find(given: str | Path, split: str | None) -> tuple[Path, list[ImageFile], 
         if split is not None:
             raise UserError(f"data.path={given} is one file and has no split {split!r}: leave data.split out.")
         return root.parent, [ImageFile(root, root.name)], ()
-
-    def stop(error: OSError) -> NoReturn:
-        raise UserError(f"data.path={given}: cannot list {error.filename} ({error.strerror}): mend its permissions.")
-
-    there = sorted(child.name for child in root.iterdir() if child.is_dir())
-    if split is not None and split not in there:
-        raise UserError(f"data.path={given} has no sub-folder {split!r}. Sub-folders: {', '.join(there) or 'none'}.")
-    top = root / split if split is not None else root / "train" if "train" in there else root
+    if split is None and (root / "train").is_dir():
+        split = "train"
+    top = root if split is None else subfolder(root, split, given)
     images: list[ImageFile] = []
     kinds: Counter[str] = Counter()
-    seen: set[str] = set()
-    for folder, subfolders, names in os.walk(top, onerror=stop, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if os.path.realpath(folder) in seen:
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        for name in names:
-            path = Path(folder, name)
-            kinds[path.suffix.lower() or "no extension"] += 1
-            if path.suffix.lower() in IMAGE_EXTENSIONS and not name.startswith(".") and path.is_file():
+    for folder, names in walk(top, given):
+        for path in (folder / name for name in names):
+            kinds[kind(path)] += 1
+            if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".") and path.is_file():
                 below = path.relative_to(top).parts
                 label = below[0] if len(below) > 1 else None
                 images.append(ImageFile(path, path.relative_to(root).as_posix(), label))
     if not images:
-        found = ", ".join(f"{number} x {kind}" for kind, number in kinds.most_common(5)) or "no files at all"
-        raise UserError(
-            f"data.path={given}: no images in {top} or below. Looked for {' '.join(IMAGE_EXTENSIONS)}; found {found}. "
-            "Unpack archives, or mend the path."
-        )
+        advice = "Unpack archives, or mend the path."
+        raise none_found("images", top, given, IMAGE_EXTENSIONS, kinds, advice)
     labels = {image.label for image in images}
     folders = sorted(child.name for child in top.iterdir() if child.is_dir() and not child.name.startswith("."))
     empty = tuple(name for name in folders if name not in labels)
     return top, sorted(images, key=lambda image: image.id), empty
 
 
-def existing(given: str | Path) -> Path:
-    """Raises UserError naming what is there instead."""
-    if not str(given).strip():
-        raise UserError("data.path is empty: give a folder or a file.")
-    path = Path(given).expanduser().resolve()
-    if path.exists():
-        return path
-    parent = next(parent for parent in path.parents if parent.is_dir())
-    missing, names = path.relative_to(parent).parts[0], sorted(os.listdir(parent))
-    near = difflib.get_close_matches(missing, names, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There is: {', '.join(names[:9]) or '-'}."
-    raise UserError(f"data.path={given} does not exist: there is no {missing!r} in {parent}. {hint}")
-
-
-def _first(items: Sequence[str], separator: str, count: int = 5) -> str:
-    more = [f"... and {len(items) - count} more"] if len(items) > count else []
-    return separator.join([*items[:count], *more])
+def _named(bad: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in bad]
 
 
 # ------------------------------------------------------------------------------------ arrays of many images in a file
@@ -259,7 +223,7 @@ def record_files(given: str | Path) -> list[Path]:
 
     In a folder only names that CIFAR uses count: torchvision leaves a meta.bin beside ImageNet's train/.
     """
-    path = existing(given)
+    path = existing(given, EXPECTED)
     if path.is_file():
         return [path] if _is_idx(path) or path.name.endswith((".bin", ".bin.xz", ".bin.gz")) else []
     children = [child for child in sorted(path.iterdir()) if child.is_file()]

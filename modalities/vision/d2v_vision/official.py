@@ -8,15 +8,14 @@ Whatever is keyed by parameter name goes through the same map: weights, the teac
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from d2v_core.config import RunConfig
 from d2v_core.errors import UserError
+from d2v_core.official import NameTable, Options, gradients, moved
 from d2v_vision.feature_encoder import CHANNELS, PatchConfig
 
 Names = Literal["fairseq", "official"]
@@ -55,17 +54,10 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
 _TOKENS = {"student.encoder.cls_token": 1, "student.encoder.mask_token": 2}  # axes here; (1, 1, D) officially
 
 
-@lru_cache(maxsize=4096)
-def _translate(name: str, names: Names, to_d2v: bool) -> str | None:
-    for d2v, fairseq, official in _TABLE:
-        theirs = fairseq if names == "fairseq" else official
-        source, destination = (theirs, d2v) if to_d2v else (d2v, theirs)
-        pattern = re.escape(source).replace(r"\#", r"(\d+)") + ("(weight|bias)" if source.endswith(".") else "()")
-        match = re.fullmatch(pattern, name)
-        if match:
-            *number, leaf = match.groups()
-            return (destination.replace("#", number[0]) if number else destination) + leaf
-    return None
+_NAMES: Mapping[Names, NameTable] = {
+    "fairseq": NameTable((fairseq, d2v) for d2v, fairseq, _ in _TABLE),
+    "official": NameTable((released, d2v) for d2v, _, released in _TABLE),
+}
 
 
 def from_official(state: Mapping[str, Tensor], config: RunConfig, names: Names = "fairseq") -> dict[str, Tensor]:
@@ -74,30 +66,23 @@ def from_official(state: Mapping[str, Tensor], config: RunConfig, names: Names =
     A head that the configuration does not use (features.head=identity) is left out, as it is officially in forward.
     Raises UserError naming what is not known. Shapes are checked where the state is loaded.
     """
-    identity = config.section("features", PatchConfig).head == "identity"
-    out: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    for name, tensor in state.items():
-        ours = _translate(name, names, True)
-        if ours is None:
-            unknown.append(name)
-        elif not (identity and ours.startswith("predictor.")):
-            axes = _TOKENS.get(ours)
-            out[ours] = tensor if axes is None else tensor.reshape([1] * (axes - 1) + [-1])
+    out, unknown = _NAMES[names].to_d2v(state)
     if unknown:
         raise UserError(f"These are no {names} weights of data2vec vision 1.0: {', '.join(unknown[:5])}.")
-    return out
+    for name in _TOKENS.keys() & out.keys():
+        out[name] = out[name].reshape([1] * (_TOKENS[name] - 1) + [-1])
+    identity = config.section("features", PatchConfig).head == "identity"
+    return {name: tensor for name, tensor in out.items() if not (identity and name.startswith("predictor."))}
 
 
 def to_official(state: Mapping[str, Tensor], config: RunConfig, names: Names = "fairseq") -> dict[str, Tensor]:
     """The reverse, of `d2v_core.run.model_state` or of anything with the same names."""
     del config
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        theirs = _translate(name, names, False)
-        if theirs is None:
-            raise UserError(f"{name} has no name in the official code.")
-        out[theirs] = tensor.reshape(1, 1, -1) if name in _TOKENS else tensor
+    out, unknown = _NAMES[names].to_official(
+        {name: tensor.reshape(1, 1, -1) if name in _TOKENS else tensor for name, tensor in state.items()}
+    )
+    if unknown:
+        raise UserError(f"{unknown[0]} has no name in the official code.")
     return out
 
 
@@ -106,23 +91,21 @@ _TEACHER = "encoder."  # fairseq's teacher is this part of its student and named
 
 def teacher_from_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
     """fairseq's teacher as `EMATeacher.load_own_state` takes it, for features.teacher=share."""
-    ours = from_official({_TEACHER + name: tensor for name, tensor in state.items()}, config)
-    return {name.removeprefix("student."): tensor for name, tensor in ours.items()}
+    return moved(from_official(moved(state, "", _TEACHER), config), "student.", "")
 
 
 def teacher_to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
     """The reverse, of `EMATeacher.own_state`. Raises UserError where ours owns what fairseq's does not."""
-    theirs = to_official({"student." + name: tensor for name, tensor in state.items()}, config)
+    theirs = to_official(moved(state, "", "student."), config)
     extra = [name for name in theirs if not name.startswith(_TEACHER)]
     if extra:
         raise UserError(f"fairseq's teacher has no {', '.join(extra)}: it shares them. Use features.teacher=share.")
-    return {name.removeprefix(_TEACHER): tensor for name, tensor in theirs.items()}
+    return moved(theirs, _TEACHER, "")
 
 
 def gradients_to_official(model: nn.Module, config: RunConfig) -> dict[str, Tensor]:
     """Gradients of the student and the head by fairseq's names, where there are any."""
-    own = {name: p.grad for name, p in model.named_parameters() if not name.startswith("teacher.")}
-    return to_official({name: grad for name, grad in own.items() if grad is not None}, config)
+    return to_official({name: grad for name, grad in gradients(model).items() if grad is not None}, config)
 
 
 # -------------------------------------------------------------------------------------------------- configuration
@@ -134,22 +117,12 @@ def config_from_official(cfg: Mapping[str, Any]) -> list[str]:
     Data, optimizer and schedule are other sections of fairseq's files: those stay as preset=base has them.
     Raises UserError naming every key that is missing, unknown, or has a value that d2v cannot reproduce.
     """
-    problems: list[str] = []
-    left = {key: value for key, value in cfg.items() if key != "_name"}
-
-    def take(key: str, *default: Any) -> Any:
-        if key not in left and not default:
-            problems.append(f"{key} is missing")
-            return 0
-        return left.pop(key, *default)
-
-    for key, possible in (("in_channels", CHANNELS), ("shared_rel_pos_bias", True), ("ema_transformer_only", True)):
-        value = take(key, possible)
-        if value != possible:
-            problems.append(f"{key}={value!r}: d2v has only {possible!r}")
-    norms = [name for name in ("batch", "instance", "layer") if take(f"{name}_norm_target_layer", False)]
-    mean_norms = [name for name in ("instance", "layer") if take(f"{name}_norm_targets", False)]
-    scale = take("loss_scale", None)
+    options = Options(cfg)
+    options.fixed({"in_channels": CHANNELS, "shared_rel_pos_bias": True, "ema_transformer_only": True})
+    take = options.take
+    norms = [name for name in ("batch", "instance", "layer") if take(f"{name}_norm_target_layer", object, False)]
+    mean_norms = [name for name in ("instance", "layer") if take(f"{name}_norm_targets", object, False)]
+    scale = take("loss_scale", object, None)
     values: dict[str, Any] = {
         "modality": "vision",
         "preset": "base",
@@ -180,11 +153,4 @@ def config_from_official(cfg: Mapping[str, Any]) -> list[str]:
         "mask.min_block": take("min_mask_patches_per_block"),
         "mask.max_block": take("max_mask_patches_per_block"),
     }
-    if left:
-        problems.append(f"unknown: {', '.join(sorted(left))}")
-    if problems:
-        raise UserError(
-            "The official configuration does not fit data2vec vision 1.0 as d2v has it:\n  " + "\n  ".join(problems)
-        )
-    words = {key: "null" if value is None else value for key, value in values.items()}
-    return [f"{k}={'[' + ','.join(v) + ']' if isinstance(v, list) else v}" for k, v in words.items()]
+    return options.words(values, "data2vec vision 1.0", (key for key in options.left() if key != "_name"))

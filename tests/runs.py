@@ -1,0 +1,63 @@
+"""Whole runs in tests: options that keep them tiny, the command line in this process, and what a run folder holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from torch import Tensor, equal
+
+from d2v_core import checkpoint, cli
+
+SMALL = {"model.embed_dim": "32", "model.num_layers": "2", "model.num_heads": "2", "target.top_k_layers": "2"}
+SHORT = {
+    "train.max_steps": "5",
+    "train.log_every": "1",
+    "train.num_workers": "0",
+    "train.tensorboard": "false",
+    "train.probe": "false",
+}
+TIMES = ("throughput", "data_wait", "seconds")  # of a line of metrics.jsonl, which no two runs share
+
+
+class Answer(NamedTuple):
+    """Exit status, and what was printed."""
+
+    status: int
+    out: str
+    error: str
+
+
+def call_d2v(
+    capsys: pytest.CaptureFixture[str], base: Mapping[str, str], words: Mapping[str, str], verb: str = "run"
+) -> Answer:
+    """`d2v VERB` with the options of `base`, of which `words` replace those of the same key."""
+    status = cli.main([verb, *(f"{key}={value}" for key, value in {**base, **words}.items())])
+    return Answer(status, *capsys.readouterr())
+
+
+def options(words: tuple[str, ...]) -> dict[str, str]:
+    """`key=value` words by key; the last of the same key counts."""
+    return dict(word.split("=", 1) for word in words)
+
+
+def lines(run: str | Path) -> list[dict[str, Any]]:
+    """What a run logged."""
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The same without what depends on the clock."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines(run)]
+
+
+def weights(run: str | Path) -> dict[str, Tensor]:
+    """Of student and predictor at the newest checkpoint."""
+    return checkpoint.load(checkpoint.list_checkpoints(Path(run, "checkpoints"))[-1]).model
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
