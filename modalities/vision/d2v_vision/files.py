@@ -70,9 +70,11 @@ class ScanReport:
         if self.too_small:
             text += f"; {self.too_small} dropped as narrower than {self.min_side} pixels, a patch"
         if self.bad:
-            text += f"\n{len(self.bad)} unreadable: {_first([f'{name}: {reason}' for name, reason in self.bad], '; ')}"
+            text += (
+                f"\n{len(self.bad)} unreadable: {first_of([f'{name}: {reason}' for name, reason in self.bad], '; ')}"
+            )
         if self.empty:
-            text += f"\n{len(self.empty)} folders without an image: {_first(self.empty, ', ')}"
+            text += f"\n{len(self.empty)} folders without an image: {first_of(self.empty, ', ')}"
         return text
 
 
@@ -116,7 +118,7 @@ def scan(
     )
     report = ScanReport(top, images, bad, len(found) - len(bad) - len(images), min_side, empty)
     if len(bad) > max_bad_ratio * len(found):
-        lines = _first([f"{name}: {reason}" for name, reason in bad], "\n  ")
+        lines = first_of([f"{name}: {reason}" for name, reason in bad], "\n  ")
         raise UserError(
             f"data.path={path}: {len(bad)} of {len(found)} images ({len(bad) / len(found):.1%}) are unreadable, more "
             f"than data.max_bad_ratio={max_bad_ratio:g} allows:\n  {lines}\n"
@@ -237,7 +239,8 @@ def existing(given: str | Path) -> Path:
     raise UserError(f"data.path={given} does not exist: there is no {missing!r} in {parent}. {hint}")
 
 
-def _first(items: Sequence[str], separator: str, count: int = 5) -> str:
+def first_of(items: Sequence[str], separator: str, count: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
     more = [f"... and {len(items) - count} more"] if len(items) > count else []
     return separator.join([*items[:count], *more])
 
@@ -276,7 +279,7 @@ def read_records(given: str | Path, split: str | None) -> Arrays:
     files = record_files(given)
     if split not in (None, "train", "test"):
         raise UserError(f"data.split={split!r}: files of this kind have the splits train and test.")
-    wanted = [file for file in files if _is_test(file) == (split == "test")]
+    wanted = [file for file in files if is_test(file) == (split == "test")]
     if split is None and not wanted:
         wanted = files
     if not wanted:
@@ -298,7 +301,8 @@ def _is_idx(path: Path) -> bool:
     return "-images-idx3-ubyte" in path.name or "-images.idx3-ubyte" in path.name
 
 
-def _is_test(path: Path) -> bool:
+def is_test(path: Path) -> bool:
+    """Whether the name of a CIFAR or IDX file says that it is of the test split."""
     return "test" in path.name or "t10k" in path.name
 
 
