@@ -42,6 +42,7 @@ BUILT_IN_SEED = 2  # pre-training has 0 and the shape probe 1: other pictures th
 BUILT_IN_COUNTS: Mapping[Split, int] = {"train": 2000, "dev": 500, "test": 1000}
 SMALL_SIDE = 64  # pixels: up to here evaluation cuts nothing off
 EVAL_CROP = 0.875  # 224 of 256
+LONGEST = 32
 
 
 @dataclass
@@ -258,25 +259,20 @@ def middle(pixels: np.ndarray, side: int, share: float | None) -> np.ndarray:
     share = (EVAL_CROP if side > SMALL_SIDE else 1.0) if share is None else share
     image = Image.fromarray(pixels)
     short = max(int(side / share), side)
+    image = _without_far_ends(image)
     width, height = image.size
     if min(width, height) != short:
-        scale = short / min(width, height)
         size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        # A box of more pixels than the picture has cannot be held for a sliver of 1 x 100000: cut it first.
-        if scale * max(width, height) > MAX_STRETCH * short:
-            image, size = _square(image), (short, short)
         image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-MAX_STRETCH = 32  # longer over shorter side; beyond it only the middle square is ever resized
-
-
-def _square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """A sliver, cut to LONGEST times its shorter side: resized as it is, 1 x 100000 pixels would fill the memory."""
+    width, height = (min(length, LONGEST * min(image.size)) for length in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image
 
 
 def vary(pixels: np.ndarray, data: VisionConfig, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
@@ -304,10 +300,11 @@ def training_transform(
     std: tuple[float, ...],
 ) -> Any:
     """timm's training transform from a picture to a picture; normalising and erasing come later, on whole batches."""
-    from timm.data import create_transform
+    from timm.data.transforms_factory import create_transform
     from torchvision import transforms
 
-    first, second, _ = create_transform(  # pyright: ignore[reportGeneralTypeIssues, reportAssignmentType]
+    create: Any = create_transform  # its types allow neither None for no colour jitter nor a tuple as the result
+    first, second, _ = create(
         side, is_training=True, scale=scale, ratio=aspect, hflip=flip_prob, color_jitter=None,
         auto_augment=rand_augment, interpolation="bicubic", mean=mean, std=std, separate=True,
     )  # fmt: skip
@@ -326,7 +323,7 @@ def mix(images: Tensor, targets: Tensor, config: AugmentConfig, rng: np.random.G
     mixing = config.mix_prob > 0 and (config.mixup > 0 or config.cutmix > 0)
     if not mixing and not config.erase_prob:
         return images, targets
-    from timm.data import Mixup
+    from timm.data.mixup import Mixup
     from timm.data.random_erasing import RandomErasing
 
     count = len(images)

@@ -19,6 +19,8 @@ from d2v_vision.labelled import AugmentConfig, middle, mix, open_task, vary
 from d2v_vision.masking import BlockMasking, BlockMaskingConfig
 from d2v_vision.synthetic import SyntheticShapes
 
+POSITIONS = "encoder.positions."
+
 
 class VisionModality(Modality[ImageSample]):
     """Square images of `data.image_size` pixels in square patches. Sizes and amounts are counted in images."""
@@ -120,3 +122,28 @@ class VisionModality(Modality[ImageSample]):
     ) -> tuple[Mapping[str, Tensor], Tensor]:
         image, targets = mix(inputs["image"], targets, self.augment, rng)
         return {**inputs, "image": image}, targets
+
+    def adapt(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Where each block is to have a bias of its own, a shared one is copied into all of them."""
+        if self.features.bias == "shared":
+            if f"{POSITIONS}0.table" in state:
+                raise UserError(
+                    "These weights have a relative position bias for each block, of which features.bias=shared cannot "
+                    "make one: use features.bias=per_block."
+                )
+            return state
+        adapted: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            if name in (f"{POSITIONS}table", f"{POSITIONS}index"):
+                leaf = name.removeprefix(POSITIONS)
+                adapted |= {f"{POSITIONS}{i}.{leaf}": tensor for i in range(self.config.model.num_layers)}
+            else:
+                adapted[name] = tensor
+        return adapted
+
+    def layer_of(self, name: str) -> int:
+        """A block's own bias counts as the block, a shared one as what comes after all (BEiT: optim_factory.py)."""
+        if name.startswith(POSITIONS):
+            number = name.removeprefix(POSITIONS).split(".")[0]
+            return int(number) + 1 if number.isdecimal() else self.config.model.num_layers + 1
+        return super().layer_of(name)
