@@ -277,19 +277,23 @@ def _without_far_ends(image: Image.Image) -> Image.Image:
 
 def vary(pixels: np.ndarray, data: VisionConfig, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     """(height, width, 3) uint8 -> (S, S, 3) uint8: a random crop, mirror and RandAugment, all drawn from `rng`."""
-    side = data.image_size
     if config.pad_crop is not None:
-        pixels = middle(pixels, side, 1.0)
-    transform = training_transform(
-        side, config.rand_augment, tuple(config.crop_scale), tuple(config.crop_aspect), config.pad_crop,
-        config.flip_prob, tuple(data.mean), tuple(data.std),
-    )  # fmt: skip
+        pixels = middle(pixels, data.image_size, 1.0)
+    transform = training_transform(data, config)
     with seeded(rng):
         return np.asarray(transform(Image.fromarray(pixels)))
 
 
+def training_transform(data: VisionConfig, config: AugmentConfig) -> Any:
+    """timm's training transform from a picture to a picture; normalising and erasing come later, on whole batches."""
+    return _timm_transform(
+        data.image_size, config.rand_augment, tuple(config.crop_scale), tuple(config.crop_aspect), config.pad_crop,
+        config.flip_prob, tuple(data.mean), tuple(data.std),
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=8)
-def training_transform(
+def _timm_transform(
     side: int,
     rand_augment: str | None,
     scale: tuple[float, ...],
@@ -299,7 +303,6 @@ def training_transform(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Any:
-    """timm's training transform from a picture to a picture; normalising and erasing come later, on whole batches."""
     from timm.data.transforms_factory import create_transform
     from torchvision import transforms
 

@@ -15,7 +15,7 @@ from d2v_core.errors import UserError
 from d2v_core.transformer import Transformer
 from d2v_vision.data import ImageSample, VisionConfig, augment, open_dataset, shape_probe, to_tensor
 from d2v_vision.feature_encoder import IdentityPredictor, PatchConfig, PatchEncoder, init_official, init_transformer
-from d2v_vision.labelled import AugmentConfig, middle, mix, open_task, vary
+from d2v_vision.labelled import AugmentConfig, middle, mix, open_task, training_transform, vary
 from d2v_vision.masking import BlockMasking, BlockMaskingConfig
 from d2v_vision.synthetic import SyntheticShapes
 
@@ -110,7 +110,10 @@ class VisionModality(Modality[ImageSample]):
         return shape_probe(self) if self.data.image_size >= 16 else None
 
     def task(self) -> Task[ImageSample]:
-        return open_task(self.data, self.features.patch_size)
+        task = open_task(self.data, self.features.patch_size)
+        if self.config.stage == "finetune":
+            training_transform(self.data, self.augment)  # timm's import takes seconds: workers inherit it
+        return task
 
     def prepare_labelled(self, sample: ImageSample, rng: np.random.Generator | None) -> ImageSample:
         if rng is None:
