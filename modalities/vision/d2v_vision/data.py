@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -152,15 +152,18 @@ def open_dataset(config: VisionConfig, patch_size: int) -> Dataset[ImageSample]:
         return SyntheticImages(SyntheticShapes("train", config.synthetic_images, config.image_size))
     if record_files(config.path):
         return ImageArrays(read_records(config.path, config.split))
-    report = scan(
-        config.path,
-        split=config.split,
-        min_side=patch_size,
-        max_pixels=config.max_pixels,
-        max_bad_ratio=config.max_bad_ratio,
-        decode={"headers": False, "decode": True, "auto": None}[config.verify],
-    )
+    report = scan(config.path, split=config.split, **scan_options(config, patch_size))
     return ImageFiles(report, config.max_pixels)
+
+
+def scan_options(config: VisionConfig, patch_size: int) -> dict[str, Any]:
+    """What the configuration says about which files `scan` takes."""
+    return {
+        "min_side": patch_size,
+        "max_pixels": config.max_pixels,
+        "max_bad_ratio": config.max_bad_ratio,
+        "decode": {"headers": False, "decode": True, "auto": None}[config.verify],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- augmentation

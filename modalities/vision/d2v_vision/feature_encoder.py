@@ -1,4 +1,4 @@
-"""Images to tokens: patches, a mask token, CLS in front, and one relative position bias for all blocks.
+"""Images to tokens: patches, a mask token, CLS in front, and a relative position bias, one for all blocks or for each.
 
 Source of every detail: facebookresearch/data2vec_vision, beit/modeling_cyclical.py and beit/modeling_finetune.py.
 There are no absolute positions: a block knows places only by the bias on its attention logits.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig, opt
-from d2v_core.contract import FeatureEncoder, Masks, Predictor, Tokens
+from d2v_core.contract import AttentionBias, FeatureEncoder, Masks, Predictor, Tokens
 from d2v_core.kernels import linear
 from d2v_core.transformer import Transformer
 
@@ -36,6 +36,11 @@ class PatchConfig:
         "average",
         "Patch embedding and CLS of the teacher: averaged like the rest (official), or the student's own (fairseq's "
         "port).",
+    )
+    bias: Literal["shared", "per_block"] = opt(
+        "shared",
+        "Relative position bias: one table for all blocks (official pre-training), or one for each (official "
+        "fine-tuning, where each begins as a copy of the shared one).",
     )
     head: Literal["linear", "identity"] = opt(
         "linear", "Prediction from the final norm's output: one linear map (official), or as it is (fairseq's port)."
@@ -125,7 +130,10 @@ class PatchEncoder(FeatureEncoder):
         self.cls_token = nn.Parameter(torch.zeros(model.embed_dim))
         for token in (self.mask_token, self.cls_token):
             nn.init.trunc_normal_(token, std=std, a=-std, b=std)
-        self.positions = RelativeBias(self.grid, model.num_heads)
+        if features.bias == "shared":
+            self.positions = RelativeBias(self.grid, model.num_heads)
+        else:
+            self.positions = nn.ModuleList(RelativeBias(self.grid, model.num_heads) for _ in range(model.num_layers))
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
         """inputs: image (B, 3, S, S) float32, normalised."""
@@ -145,9 +153,11 @@ class PatchEncoder(FeatureEncoder):
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), 1, -1), x], 1)
         return Tokens(F.dropout(x, self.dropout, self.training), None, tokens.grid, num_extra=1)
 
-    def attention_bias(self, tokens: Tokens) -> Tensor:
+    def attention_bias(self, tokens: Tokens) -> AttentionBias:
         del tokens
-        return self.positions()
+        if isinstance(self.positions, RelativeBias):
+            return self.positions()
+        return [positions() for positions in self.positions]
 
 
 class IdentityPredictor(Predictor):

@@ -240,7 +240,7 @@ def read_records(given: str | Path, split: str | None) -> Arrays:
     files = record_files(given)
     if split not in (None, "train", "test"):
         raise UserError(f"data.split={split!r}: files of this kind have the splits train and test.")
-    wanted = [file for file in files if _is_test(file) == (split == "test")]
+    wanted = [file for file in files if is_test(file) == (split == "test")]
     if split is None and not wanted:
         wanted = files
     if not wanted:
@@ -262,7 +262,8 @@ def _is_idx(path: Path) -> bool:
     return "-images-idx3-ubyte" in path.name or "-images.idx3-ubyte" in path.name
 
 
-def _is_test(path: Path) -> bool:
+def is_test(path: Path) -> bool:
+    """Whether the name of a CIFAR or IDX file says that it is of the test split."""
     return "test" in path.name or "t10k" in path.name
 
 

@@ -9,14 +9,17 @@ import numpy as np
 from torch import Tensor
 
 from d2v_core.config import RunConfig
-from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask
+from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask, Task
 from d2v_core.data2vec import LinearPredictor
 from d2v_core.errors import UserError
 from d2v_core.transformer import Transformer
 from d2v_vision.data import ImageSample, VisionConfig, augment, open_dataset, shape_probe, to_tensor
 from d2v_vision.feature_encoder import IdentityPredictor, PatchConfig, PatchEncoder, init_official, init_transformer
+from d2v_vision.labelled import AugmentConfig, middle, mix, open_task, training_transform, vary
 from d2v_vision.masking import BlockMasking, BlockMaskingConfig
 from d2v_vision.synthetic import SyntheticShapes
+
+POSITIONS = "encoder.positions."
 
 
 class VisionModality(Modality[ImageSample]):
@@ -31,9 +34,12 @@ class VisionModality(Modality[ImageSample]):
         self.data = config.section("data", VisionConfig)
         self.features = config.section("features", PatchConfig)
         self.mask = config.section("mask", BlockMaskingConfig)
+        labelled = "augment" in config.sections
+        self.augment = config.section("augment", AugmentConfig) if labelled else AugmentConfig()
         size, patch = self.data.image_size, self.features.patch_size
         try:
             self.data.check()
+            self.augment.check()
             if patch < 1 or size % patch:
                 raise ValueError(f"data.image_size={size} must be a multiple of features.patch_size={patch}")
             if not self.features.init_std > 0:
@@ -48,6 +54,10 @@ class VisionModality(Modality[ImageSample]):
     @classmethod
     def sections(cls, encoder: str) -> Mapping[str, type]:
         return {"data": VisionConfig, "features": PatchConfig, "mask": BlockMaskingConfig}
+
+    @classmethod
+    def task_sections(cls) -> Mapping[str, type]:
+        return {"augment": AugmentConfig}
 
     @classmethod
     def recipes(cls) -> Path:
@@ -98,3 +108,45 @@ class VisionModality(Modality[ImageSample]):
 
     def probe(self) -> ProbeTask | None:
         return shape_probe(self) if self.data.image_size >= 16 else None
+
+    def task(self) -> Task[ImageSample]:
+        task = open_task(self.data, self.features.patch_size)
+        if self.config.stage == "finetune":
+            training_transform(self.data, self.augment)  # timm's import takes seconds: workers inherit it
+        return task
+
+    def prepare_labelled(self, sample: ImageSample, rng: np.random.Generator | None) -> ImageSample:
+        if rng is None:
+            return ImageSample(middle(sample.pixels, self.data.image_size, self.augment.eval_crop))
+        return ImageSample(vary(sample.pixels, self.data, self.augment, rng))
+
+    def mix(
+        self, inputs: Mapping[str, Tensor], targets: Tensor, rng: np.random.Generator
+    ) -> tuple[Mapping[str, Tensor], Tensor]:
+        image, targets = mix(inputs["image"], targets, self.augment, rng)
+        return {**inputs, "image": image}, targets
+
+    def adapt(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Where each block is to have a bias of its own, a shared one is copied into all of them."""
+        if self.features.bias == "shared":
+            if f"{POSITIONS}0.table" in state:
+                raise UserError(
+                    "These weights have a relative position bias for each block, of which features.bias=shared cannot "
+                    "make one: use features.bias=per_block."
+                )
+            return state
+        adapted: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            if name in (f"{POSITIONS}table", f"{POSITIONS}index"):
+                leaf = name.removeprefix(POSITIONS)
+                adapted |= {f"{POSITIONS}{i}.{leaf}": tensor for i in range(self.config.model.num_layers)}
+            else:
+                adapted[name] = tensor
+        return adapted
+
+    def layer_of(self, name: str) -> int:
+        """A block's own bias counts as the block, a shared one as what comes after all (BEiT: optim_factory.py)."""
+        if name.startswith(POSITIONS):
+            number = name.removeprefix(POSITIONS).split(".")[0]
+            return int(number) + 1 if number.isdecimal() else self.config.model.num_layers + 1
+        return super().layer_of(name)
