@@ -46,7 +46,10 @@ class LabelledConfig:
         "Where the dev part must be held back from clips whose speakers are known (column speaker, file names of "
         "Speech Commands), hold whole speakers back.",
     )
-    min_s: float = opt(0.0, "Shorter clips are dropped and counted, seconds; two tokens are the least in any case.")
+    min_s: float = opt(
+        0.0,
+        "In place of data.min_s: shorter clips are dropped and counted, seconds; two tokens are the least in any case.",
+    )
     synthetic_clips: int = opt(
         800, "Training clips of the built-in task; a quarter of it to choose on and half of it to test on come on top."
     )
