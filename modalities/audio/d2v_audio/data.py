@@ -125,17 +125,22 @@ def open_dataset(config: AudioConfig, split: str, seed: int, min_samples: int) -
         # The corpus is the same for every seed of a run, as a data set on disk would be.
         del seed
         return SyntheticFiles(SyntheticSpeech("train", config.synthetic_clips, 0, config.sample_rate))
-    decode_hours = {"headers": 0.0, "decode": float("inf"), "auto": VERIFY_HOURS}[config.verify]
-    report = scan(
+    return AudioFiles(scan_data(config, config.split, min_samples), config.sample_rate)
+
+
+def scan_data(config: AudioConfig, split: str | None, min_samples: int, columns: Sequence[str] = ()) -> ScanReport:
+    """`files.scan` of data.path with the section's options. Raises UserError as it does."""
+    assert config.path is not None
+    return scan(
         config.path,
         sample_rate=config.sample_rate,
         min_s=min_samples / config.sample_rate,
         rate_policy=config.rate_policy,
         max_bad_ratio=config.max_bad_ratio,
-        split=config.split,
-        decode_hours=decode_hours,
+        split=split,
+        decode_hours={"headers": 0.0, "decode": float("inf"), "auto": VERIFY_HOURS}[config.verify],
+        columns=columns,
     )
-    return AudioFiles(report, config.sample_rate)
 
 
 Labelled = tuple[Mapping[str, Tensor], Tensor]
@@ -178,6 +183,21 @@ def input_bands(modality: AudioModality, inputs: Mapping[str, Tensor]) -> Tensor
     rate, waveform = modality.data.sample_rate, inputs["waveform"]
     num_tokens = modality.geometry.num_tokens(waveform.shape[1])
     return stacked_bands(_bands(rate), waveform, num_tokens, modality.geometry.hop_s, rate)
+
+
+def summary_bands(modality: AudioModality, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Mean and deviation over time of each log-mel band of a whole clip, (B, 160): what a clip is without a network.
+
+    Padding is left out. The bands are not standardised, for that would leave every clip the same mean and deviation.
+    """
+    waveform, bands = inputs["waveform"].cpu(), _bands(modality.data.sample_rate)
+    x = bands.log_mel(waveform)
+    num_samples = inputs.get("num_samples", torch.full((len(waveform),), waveform.shape[1])).cpu()
+    count = bands.geometry.num_windows(num_samples).clamp(min=1)
+    valid = (torch.arange(x.shape[1]) < count[:, None]).unsqueeze(-1)
+    mean = (x * valid).sum(1) / count[:, None]
+    var = ((x - mean[:, None]).square() * valid).sum(1) / count[:, None]
+    return torch.cat([mean, var.sqrt()], 1)
 
 
 @lru_cache(maxsize=2)

@@ -111,13 +111,19 @@ class LogMelEmbedding(nn.Module):
         self.project = Linear(embed_dim, embed_dim)
 
     @torch.no_grad()
+    def log_mel(self, waveform: Tensor) -> Tensor:
+        """(B, S) -> (B, F, num_mels) float32, the log of each band's power in each window."""
+        with torch.autocast(waveform.device.type, enabled=False):
+            frames = waveform.float().unfold(-1, len(self.window), self.hop) * self.window
+            power = torch.fft.rfft(frames, self.num_fft).abs().square()
+            return (power @ self.mel + 1e-6).log()
+
+    @torch.no_grad()
     def bands(self, waveform: Tensor, num_samples: Tensor | None) -> Tensor:
         """(B, S) -> (B, F, num_mels) float32, mean 0 and variance 1 in each band over a sample's valid windows, 0
         behind them."""
         with torch.autocast(waveform.device.type, enabled=False):
-            frames = waveform.float().unfold(-1, len(self.window), self.hop) * self.window
-            power = torch.fft.rfft(frames, self.num_fft).abs().square()
-            x = (power @ self.mel + 1e-6).log()
+            x = self.log_mel(waveform)
             if num_samples is None:
                 var, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
                 return (x - mean) * torch.rsqrt(var + 1e-5)

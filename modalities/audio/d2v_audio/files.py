@@ -11,10 +11,10 @@ import math
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
@@ -47,6 +47,7 @@ class Clip:
     channels: int
     transcript: str | None = None
     speaker: str | None = None
+    cells: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)  # of the columns asked for
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def scan(
     split: str | None = None,
     decode_hours: float = 0.0,
     num_threads: int = 4,
+    columns: Sequence[str] = (),
 ) -> ScanReport:
     """List the usable clips of a folder, a table or a single audio file.
 
@@ -98,12 +100,14 @@ def scan(
         split: value to keep in a table's column `split`; for a folder, the sub-folder to search.
         decode_hours: where all clips together are no longer than this, each is decoded as well, which finds what
             headers cannot tell: a truncated FLAC, samples that are no numbers.
+        columns: of a table, which must have them; their cells are kept in `Clip.cells`. The column of the files may
+            then be called `path` as well.
     Raises:
         UserError: something the user must mend; the message says what and how.
     """
     if not MIN_RATE <= sample_rate <= MAX_RATE:
         raise UserError(f"data.sample_rate={sample_rate}: expected {MIN_RATE} to {MAX_RATE} Hz, such as 16000.")
-    entries = sorted(_entries(path, split), key=lambda entry: entry.id)
+    entries = sorted(_entries(path, split, columns), key=lambda entry: entry.id)
     with ThreadPoolExecutor(num_threads) as pool:
         probed = list(pool.map(lambda entry: _probe(entry, sample_rate), entries))
 
@@ -191,14 +195,15 @@ class _Entry:
     transcript: str | None = None
     speaker: str | None = None
     frames: int | None = None  # length in samples of the file, as a manifest lists it
+    cells: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def _entries(given: str | Path, split: str | None) -> list[_Entry]:
+def _entries(given: str | Path, split: str | None, columns: Sequence[str] = ()) -> list[_Entry]:
     path = existing(given, "a folder, a .tsv table or an audio file")
     if path.is_dir():
         return _folder(path, given, split)
     if path.suffix.lower() == ".tsv":
-        return _table(path, given, split)
+        return _table(path, given, split, columns)
     if path.suffix.lower() not in AUDIO_EXTENSIONS:
         kinds = " ".join(AUDIO_EXTENSIONS)
         raise UserError(f"data.path={given}: expected a folder, a .tsv table or an audio file ({kinds}).")
@@ -233,10 +238,17 @@ def _librispeech_texts(paths: Iterable[Path]) -> dict[str, str]:
     return {utterance: words.strip() for utterance, _, words in split if words}
 
 
-def _table(table: Path, given: str | Path, split: str | None) -> list[_Entry]:
+def table_columns(given: str | Path) -> list[str]:
+    """Names in the header line of a .tsv file. Raises UserError where it cannot be read."""
+    return _lines(Path(given).expanduser())[0].split("\t")
+
+
+def _table(table: Path, given: str | Path, split: str | None, wanted: Sequence[str] = ()) -> list[_Entry]:
     """Entries of a .tsv file of either kind; a file may stand in it once."""
     lines = _lines(table)
     columns, root = lines[0].split("\t"), table.parent
+    if wanted and "file" not in columns:
+        columns = ["file" if column == "path" else column for column in columns]
     if "file" not in columns:  # a fairseq manifest
         if len(columns) != 1 or not columns[0] or not (root / columns[0]).is_dir():
             raise UserError(
@@ -272,7 +284,8 @@ def _table(table: Path, given: str | Path, split: str | None) -> list[_Entry]:
         splits.add(row.get("split", ""))
         if split is None or row["split"] == split:
             texts = row.get("transcript") or None, row.get("speaker") or None
-            entries.append(_Entry(str(file), root / file, *texts, int(frames) if frames else None))
+            cells = {column: row[column] for column in wanted}
+            entries.append(_Entry(str(file), root / file, *texts, int(frames) if frames else None, cells))
     if not entries:
         there = f" of split {split!r}; its splits are {', '.join(sorted(splits))}." if splits else " after line 1."
         raise UserError(f"data.path={given} lists no files{there}")
@@ -304,7 +317,7 @@ def _probe(entry: _Entry, sample_rate: int) -> Clip | BadClip:
     if entry.frames is not None and entry.frames != frames:
         return BadClip(f"the manifest lists {entry.frames} samples, the file has {frames}")
     length = _length(frames, rate, sample_rate)
-    return Clip(entry.path, entry.id, length, rate, channels, entry.transcript, entry.speaker)
+    return Clip(entry.path, entry.id, length, rate, channels, entry.transcript, entry.speaker, entry.cells)
 
 
 @contextmanager

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2v_audio.classification import LabelledConfig, open_classification
 from d2v_audio.data import AudioConfig, AudioSample, open_dataset, phone_probe
 from d2v_audio.feature_encoder import AudioEncoder, LogMelConfig, WaveformConfig, make_encoder, make_geometry
 from d2v_core.config import RunConfig, opt
-from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, ProbeTask
+from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, ProbeTask, Task
 from d2v_core.errors import UserError
 from d2v_core.masking import SpanMasking, SpanMaskingConfig
 from d2v_core.positions import ConvPositionsConfig
@@ -47,8 +48,8 @@ class AudioModality(Modality[AudioSample]):
         try:
             self.data.check()
             self.geometry = make_geometry(self.features, self.data.sample_rate)
-            if round(self.data.max_s * self.data.sample_rate) < self._two_tokens():
-                least = self._two_tokens() / self.data.sample_rate
+            if round(self.data.max_s * self.data.sample_rate) < self.two_tokens():
+                least = self.two_tokens() / self.data.sample_rate
                 raise ValueError(f"data.max_s={self.data.max_s} must be at least {least:g} s, which is two tokens")
             SpanMasking(config.section("mask", SpanMaskingConfig))
         except ValueError as error:
@@ -64,6 +65,10 @@ class AudioModality(Modality[AudioSample]):
         }
 
     @classmethod
+    def task_sections(cls) -> Mapping[str, type]:
+        return {"labelled": LabelledConfig}
+
+    @classmethod
     def recipes(cls) -> Path:
         return Path(__file__).parent / "recipes"
 
@@ -73,9 +78,9 @@ class AudioModality(Modality[AudioSample]):
     @property
     def min_samples(self) -> int:
         """Shortest clip of use: data.min_s, and two tokens in any case, one to hide and one to see."""
-        return max(self._two_tokens(), round(self.data.min_s * self.data.sample_rate))
+        return max(self.two_tokens(), round(self.data.min_s * self.data.sample_rate))
 
-    def _two_tokens(self) -> int:
+    def two_tokens(self) -> int:
         """Samples in the shortest clip that has two tokens."""
         samples = self.geometry.min_samples
         while self.geometry.num_tokens(samples) < 2:
@@ -90,11 +95,7 @@ class AudioModality(Modality[AudioSample]):
 
     def prepare(self, sample: AudioSample, size: int, rng: np.random.Generator) -> AudioSample:
         """A random stretch of `size` samples of a longer clip, ends included."""
-        excess = len(sample.waveform) - size
-        if excess <= 0:
-            return sample
-        start = int(rng.integers(excess + 1))
-        return AudioSample(sample.waveform[start : start + size])
+        return _cropped(sample, size, rng)
 
     def layout(self, sample: AudioSample) -> Layout:
         return Layout((self.geometry.num_tokens(len(sample.waveform)),))
@@ -131,3 +132,19 @@ class AudioModality(Modality[AudioSample]):
 
     def probe(self) -> ProbeTask:
         return phone_probe(self)
+
+    def task(self) -> Task[AudioSample]:
+        return open_classification(self)
+
+    def prepare_labelled(self, sample: AudioSample, rng: np.random.Generator | None) -> AudioSample:
+        """At most data.max_s of a clip: a random stretch while training, else the middle."""
+        return _cropped(sample, round(self.data.max_s * self.data.sample_rate), rng)
+
+
+def _cropped(sample: AudioSample, size: int, rng: np.random.Generator | None) -> AudioSample:
+    """A stretch of `size` samples of a longer clip: random, ends included, or, without rng, from the middle."""
+    excess = len(sample.waveform) - size
+    if excess <= 0:
+        return sample
+    start = excess // 2 if rng is None else int(rng.integers(excess + 1))
+    return AudioSample(sample.waveform[start : start + size])

@@ -241,7 +241,8 @@ def _folders(config: VisionConfig, path: str, patch_size: int) -> Task[ImageSamp
         if unknown:
             raise UserError(
                 f"data.path={path}: {folder}/ has classes of which there is no image to train on: "
-                f"{first(unknown, ', ', more=MORE)}. Those to train on: {first(classes, ', ', 20, MORE)}. Names must agree."
+                f"{first(unknown, ', ', more=MORE)}. Those to train on: {first(classes, ', ', 20, MORE)}. Names must "
+                "agree."
             )
         labels = np.array([classes.index(str(image.label)) for image in images.report.images], dtype=np.int64)
         role = folder if folder in ("train", "test") or len(held) > 1 else "test"
