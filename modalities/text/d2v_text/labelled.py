@@ -20,7 +20,6 @@ from torch import Tensor
 from d2v_core.config import opt
 from d2v_core.contract import Dataset, LabelledPart, Task
 from d2v_core.errors import UserError
-from d2v_core.keyed import generator
 from d2v_text import glue, grammar
 from d2v_text.files import Reader, find_files
 from d2v_text.tokenizer import BOS, BPE, EOS, NUM_SPECIAL
@@ -31,7 +30,7 @@ USUAL_COLUMNS = (("sentence",), ("text",), ("sentence1", "sentence2"))
 GRAMMAR_TEXTS: Mapping[grammar.Split, int] = {"train": 1000, "dev": 500, "test": 1000}
 FIRST_GRAMMAR_TEXT = 1000  # the role probe has those before
 SENTENCES = 2
-BAG_SIZE = 1024  # features of the raw-input row of a probe
+LARGEST_BAG, HASHED_BAG = 10_000, 8192  # features of the raw-input row of a probe
 
 
 @dataclass
@@ -316,8 +315,9 @@ def _own_columns(train: Path, config: GlueConfig) -> tuple[str, ...]:
         if all(name in there for name in columns):
             return columns
     raise UserError(
-        f"{train}: which column is the text? It has: {', '.join(map(repr, there)) or 'none'}. Give glue.columns=[NAME], "
-        f"or two for pairs, and glue.label=NAME; if it is a task of GLUE, glue.task={'|'.join(glue.TASKS)}."
+        f"{train}: which column is the text? It has: {', '.join(map(repr, there)) or 'none'}. Give "
+        f"glue.columns=[NAME], or two for pairs, and glue.label=NAME; if it is a task of GLUE, "
+        f"glue.task={'|'.join(glue.TASKS)}."
     )
 
 
@@ -480,21 +480,21 @@ def _opening(split: grammar.Split, index: int, max_tokens: int) -> np.ndarray:
 
 
 class BagOfTokens:
-    """ids of a batch -> (B, F): which tokens occur and how often, their order forgotten.
+    """ids of a batch -> (B, F): how often each token occurs, their order forgotten.
 
-    log(1 + count) of each token, scaled to length 1, then taken to F = 1024 numbers by a fixed random map that keeps
-    lengths and angles nearly as they are. Given as they stand, rare tokens would be what counts: a linear probe brings
-    every feature to the same spread.
+    F is the size of the vocabulary, or, of one above 10,000, 8192 buckets of tokens by a fixed hash. The rows of a part
+    are held in memory, 4 F bytes each: `labels` keeps a large training part small.
     """
 
     def __init__(self, vocabulary_size: int) -> None:
-        rng = generator(0, "bag of tokens")
-        self.map = torch.from_numpy(rng.standard_normal((vocabulary_size, BAG_SIZE)).astype(np.float32))
-        self.map[:NUM_SPECIAL] = 0.0
+        ids = torch.arange(vocabulary_size)
+        hashed = vocabulary_size > LARGEST_BAG
+        # Knuth's multiplicative hash, its upper 13 bits
+        self.bucket = (ids * 2654435761 % (1 << 32)) >> 19 if hashed else ids
+        self.size = HASHED_BAG if hashed else vocabulary_size
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         ids = inputs["ids"]
-        counts = torch.zeros(len(ids), len(self.map), device=ids.device)
-        counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))
-        counts[:, :NUM_SPECIAL] = 0.0
-        return torch.nn.functional.normalize(counts.log1p(), dim=1) @ self.map.to(ids.device)
+        ordinary = (ids >= NUM_SPECIAL).float()
+        counts = torch.zeros(len(ids), self.size, device=ids.device)
+        return counts.scatter_add_(1, self.bucket.to(ids.device)[ids], ordinary)
