@@ -338,13 +338,20 @@ def test_the_bag_of_tokens():
 def test_the_built_in_task(runs: Path):
     config, _ = load_config(["stage=finetune", f"from={runs / 'grammar'}"], lambda _: TextModality)
     task = TextModality(config).task()
-    assert task.dev is not None and task.test is not None and len(task.classes) == 8
-    sample = task.train.samples[0]
-    opening = grammar.document("train", 1000)
-    assert sample.tolist() == [BOS, *opening[0].ids, EOS, *opening[1].ids, EOS][:64]
-    assert task.train.labels[0] == grammar.topic("train", 1000) and len(sample) == task.train.samples.sizes[0]
-    share = np.bincount(task.train.labels, minlength=8) / len(task.train.labels)
-    assert (share > 0.08).all()
+    assert task.dev is not None and task.test is not None and task.classes == ("exchanged", "acceptable")
+    for split, part in (("train", task.train), ("dev", task.dev), ("test", task.test)):
+        assert part.labels.mean() == 0.5
+        for i in range(40):
+            sentence = grammar.document(split, 1000 + i)[0]
+            ids = part.samples[i].tolist()
+            assert ids[0] == BOS and ids[-1] == EOS and part.samples.id(i) == f"{split}-{1000 + i}"
+            assert sorted(ids[1:-1]) == sorted(sentence.ids)
+            differs = [at for at, (a, b) in enumerate(zip(ids[1:-1], sentence.ids, strict=True)) if a != b]
+            if part.labels[i]:
+                assert not differs
+            else:
+                assert len(differs) == 2 and differs[1] == differs[0] + 1
+                assert sentence.roles[differs[0]] != sentence.roles[differs[1]]
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -436,9 +443,9 @@ def test_a_probe_run(d2v: D2v, runs: Path, tmp_path: Path):
 
 def test_the_built_in_task_runs_at_once(d2v: D2v, runs: Path):
     status, said = d2v("stage=finetune", f"from={runs / 'grammar'}", "out=run", *TUNE)
-    assert status == 0 and "topics of texts of the built-in grammar" in said and "8 classes" in said, said
+    assert status == 0 and "follow the built-in grammar" in said and "2 classes" in said, said
     loaded = d2v_core.load_classifier("run")
-    assert loaded.predict([np.array([BOS, 5, 6, EOS])]).shape == (1, 8)
+    assert loaded.predict([np.array([BOS, 5, 6, EOS])]).shape == (1, 2)
 
 
 def test_the_tokenizer_is_that_of_the_run(d2v: D2v, runs: Path, tmp_path: Path, tokenizer_file: Path):

@@ -29,7 +29,7 @@ UNSCORED = -100
 FUNCTION_WORDS = ("the", "a", "was", "by", "to", "in", "near", "that", "and", "it")
 _COUNTS = {"person": 110, "thing": 130, "place": 60, "verb": 110, "giving": 30, "adjective": 90, "adverb": 40}
 _SHARED = {"verb": ("thing", 50), "adjective": ("person", 35), "adverb": ("place", 10)}  # forms with two readings
-NUM_TOPICS = 8
+_TOPICS = 8
 _ON_TOPIC = 0.6  # share of words that are drawn from the topic's own
 
 
@@ -92,7 +92,7 @@ class _Writer:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
-        self.topic = int(rng.integers(NUM_TOPICS))
+        self.topic = int(rng.integers(_TOPICS))
         self.out: list[tuple[int, int]] = []
 
     def chance(self, p: float) -> bool:
@@ -107,7 +107,7 @@ class _Writer:
         own = lexicon().classes[kind]
         while True:
             rank = int(8 * ((len(own) + 8) / 8) ** self.rng.random() - 8)
-            if rank % NUM_TOPICS == self.topic or not self.chance(_ON_TOPIC):
+            if rank % _TOPICS == self.topic or not self.chance(_ON_TOPIC):
                 self.out.append((own[min(rank, len(own) - 1)], role))
                 return
 
@@ -183,9 +183,20 @@ def document(split: Split, index: int) -> list[Sentence]:
     return [writer.sentence() for _ in range(int(writer.rng.integers(4, 10)))]
 
 
-def topic(split: Split, index: int) -> int:
-    """What a document is about, 0 to NUMNUM_TOPICS - 1: every word class has words of its own for each."""
-    return _Writer(np.random.default_rng([_SPLITS.index(split), index])).topic
+def judged(split: Split, index: int) -> tuple[tuple[int, ...], bool]:
+    """(ids of the first sentence of a document, whether it follows the grammar).
+
+    In every other document two neighbouring words of different roles have changed places, as in "king the slept": which
+    words there are does not tell, their order does.
+    """
+    sentence = document(split, index)[0]
+    ids, roles = list(sentence.ids), sentence.roles
+    if index % 2:
+        return sentence.ids, True
+    places = [i for i in range(len(ids) - 1) if roles[i] != roles[i + 1]]
+    i = places[int(np.random.default_rng([_SPLITS.index(split), index, 1]).integers(len(places)))]
+    ids[i], ids[i + 1] = ids[i + 1], ids[i]
+    return tuple(ids), False
 
 
 def sentences(split: Split, count: int) -> Iterator[Sentence]:

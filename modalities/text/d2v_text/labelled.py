@@ -27,9 +27,8 @@ from d2v_text.tokenizer import BOS, BPE, EOS, NUM_SPECIAL
 EXTENSIONS = (".tsv", ".csv", ".jsonl")
 ROWS_AT_ONCE = 4096  # tokenised together
 USUAL_COLUMNS = (("sentence",), ("text",), ("sentence1", "sentence2"))
-GRAMMAR_TEXTS: Mapping[grammar.Split, int] = {"train": 1000, "dev": 500, "test": 1000}
-FIRST_GRAMMAR_TEXT = 1000  # the role probe has those before
-SENTENCES = 2
+GRAMMAR_SENTENCES: Mapping[grammar.Split, int] = {"train": 2000, "dev": 500, "test": 1000}
+FIRST_GRAMMAR_DOCUMENT = 1000  # the role probe has those before
 LARGEST_BAG, HASHED_BAG = 10_000, 8192  # features of the raw-input row of a probe
 
 
@@ -445,35 +444,34 @@ def _values(labels: Sequence[str], samples: Encoded, path: Path, known: glue.Glu
 
 
 def from_grammar(max_tokens: int) -> Task[Any]:
-    """What a text of the built-in grammar is about: the first sentences of documents that neither pre-training nor the
-    role probe has seen, and one of eight topics. Any word may stand in any text, but more often in those of its topic.
+    """Which sentences follow the built-in grammar, and which had two words exchanged (as CoLA asks of English).
+
+    The sentences are those of documents that neither pre-training nor the role probe has seen.
     """
     parts: dict[str, LabelledPart[np.ndarray]] = {}
-    for split, count in GRAMMAR_TEXTS.items():
-        numbers = FIRST_GRAMMAR_TEXT + np.arange(count)
-        texts = [_opening(split, i, max_tokens) for i in map(int, numbers)]
-        sizes = np.array([len(text) for text in texts], dtype=np.int64)
-        topics = np.array([grammar.topic(split, i) for i in map(int, numbers)], dtype=np.int64)
-        parts[split] = LabelledPart(Encoded(split, np.concatenate(texts), sizes, numbers), topics)
+    for split, count in GRAMMAR_SENTENCES.items():
+        numbers = FIRST_GRAMMAR_DOCUMENT + np.arange(count)
+        judged = [grammar.judged(split, i) for i in map(int, numbers)]
+        samples = [np.array([BOS, *ids[: max_tokens - 2], EOS], dtype=np.int64) for ids, _ in judged]
+        sizes = np.array([len(sample) for sample in samples], dtype=np.int64)
+        labels = np.array([follows for _, follows in judged], dtype=np.int64)
+        parts[split] = LabelledPart(Encoded(split, np.concatenate(samples), sizes, numbers), labels)
     train = parts["train"].samples
     assert isinstance(train, Encoded)
-    train.description = "No data.path: topics of texts of the built-in grammar. Give data.path=FOLDER for your own."
+    train.description = (
+        "No data.path: does a sentence follow the built-in grammar, or were two words exchanged? Give data.path=FOLDER "
+        "for your own."
+    )
     return Task(
-        name="topics of the built-in grammar",
-        classes=tuple(f"topic-{i}" for i in range(grammar.NUM_TOPICS)),
-        metrics=("accuracy",),
-        **parts,
+        name="acceptability in the built-in grammar",
+        classes=("exchanged", "acceptable"),
+        metrics=("accuracy", "matthews"),
+        train=parts["train"],
+        dev=parts["dev"],
+        test=parts["test"],
         input_name="bag of tokens",
         input_features=BagOfTokens(grammar.vocabulary().size),
     )
-
-
-def _opening(split: grammar.Split, index: int, max_tokens: int) -> np.ndarray:
-    """`<s>`, the first two sentences of a document with their `</s>`, as in the blocks of pre-training."""
-    ids = [BOS]
-    for sentence in grammar.document(split, index)[:SENTENCES]:
-        ids += [*sentence.ids, EOS]
-    return np.array(ids[:max_tokens], dtype=np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------- features
