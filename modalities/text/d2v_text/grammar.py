@@ -183,6 +183,22 @@ def document(split: Split, index: int) -> list[Sentence]:
     return [writer.sentence() for _ in range(int(writer.rng.integers(4, 10)))]
 
 
+def judged(split: Split, index: int) -> tuple[tuple[int, ...], bool]:
+    """(ids of the first sentence of a document, whether it follows the grammar).
+
+    In every other document two neighbouring words of different roles have changed places, as in "king the slept": which
+    words there are does not tell, their order does.
+    """
+    sentence = document(split, index)[0]
+    ids, roles = list(sentence.ids), sentence.roles
+    if index % 2:
+        return sentence.ids, True
+    places = [i for i in range(len(ids) - 1) if roles[i] != roles[i + 1]]
+    i = places[int(np.random.default_rng([_SPLITS.index(split), index, 1]).integers(len(places)))]
+    ids[i], ids[i + 1] = ids[i + 1], ids[i]
+    return tuple(ids), False
+
+
 def sentences(split: Split, count: int) -> Iterator[Sentence]:
     """The first sentence of each of `count` documents."""
     return (document(split, i)[0] for i in range(count))

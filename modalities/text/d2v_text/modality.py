@@ -6,18 +6,29 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from d2v_core.config import RunConfig, read_yaml
-from d2v_core.contract import Batch, Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask
+from d2v_core.contract import (
+    Batch,
+    Batching,
+    Dataset,
+    Layout,
+    MaskingPolicy,
+    Modality,
+    Part,
+    Predictor,
+    ProbeTask,
+    Task,
+)
 from d2v_core.errors import UserError
-from d2v_text import grammar
+from d2v_text import grammar, labelled
 from d2v_text.data import Sample, TextConfig, collate, from_files, from_grammar, role_probe
 from d2v_text.feature_encoder import EmbeddingConfig, HeadConfig, RegressionHead, TextEncoder
 from d2v_text.files import tokenise
+from d2v_text.labelled import GlueConfig
 from d2v_text.masking import NOT_SELECTED, TokenMasking, TokenMaskingConfig
-from d2v_text.tokenizer import BOS, BPE, EOS, PAD, Vocabulary, load_tokenizer
+from d2v_text.tokenizer import BPE, PAD, Vocabulary, load_tokenizer
 
 TOKENIZER = "tokenizer.json"  # in the run folder
 
@@ -37,6 +48,9 @@ class TextModality(Modality[Sample]):
         self.mask = config.section("mask", TokenMaskingConfig)
         try:
             self.data.check()
+            self.glue = None if config.stage == "pretrain" else config.section("glue", GlueConfig)
+            if self.glue is not None:
+                self.glue.check()
             if self.head.layers < 1:
                 raise ValueError(f"head.layers={self.head.layers} must be at least 1")
             if self.data.block_tokens > self.embedding.max_positions:
@@ -46,16 +60,42 @@ class TextModality(Modality[Sample]):
                 )
             if config.model.norm != "post":
                 raise ValueError(f"model.norm={config.model.norm}: text has a norm before the first block, so post")
+            self.tokenizer_file = self._tokenizer_file()
             self.vocabulary = self._vocabulary()
             self._check_source()
             TokenMasking(self.mask, self.vocabulary)
         except ValueError as error:
             raise UserError(f"This configuration cannot work: {error}") from error
 
+    def _tokenizer_file(self) -> Path | None:
+        """`data.tokenizer`; of a stored run the copy in its folder; of labelled data the one that `from` was trained
+        with. None = no tokenizer. Raises UserError where another one than that of `from` is given."""
+        config, given = self.config, self.data.tokenizer
+        if config.home is not None and (config.home / TOKENIZER).is_file():
+            return config.home / TOKENIZER
+        if config.stage == "pretrain" or config.home is not None or config.from_run is None:
+            return None if given is None else Path(given)
+        kept, before = Path(config.from_run) / TOKENIZER, read_yaml(Path(config.from_run) / "config.yaml")
+        stored = (before.get("data") or {}).get("tokenizer")
+        if kept.is_file():
+            if given not in (None, stored) and load_tokenizer(given).identity != load_tokenizer(kept).identity:
+                raise UserError(
+                    f"data.tokenizer={given} is not the tokenizer that from={config.from_run} was trained with: the "
+                    f"same ids would mean other words. Leave data.tokenizer out, {kept} is then used."
+                )
+            return kept
+        if given is None and self.data.path is not None:
+            raise UserError(
+                f"data.path={self.data.path}: from={config.from_run} was trained on the built-in grammar, whose words "
+                "are not those of a text. Give a run that was trained on text, or leave data.path out for a labelled "
+                "task on the grammar."
+            )
+        return None if given is None else Path(given)
+
     def _vocabulary(self) -> Vocabulary:
         """The tokenizer's, the built-in grammar's, or, where only a size is given, one of which no more is known."""
         size = self.embedding.vocab_size
-        if self.data.tokenizer is not None:
+        if self.tokenizer_file is not None:
             found = self.tokenizer.vocabulary
         elif self.data.path is not None:
             kept = Path(self.config.from_run or "") / TOKENIZER
@@ -73,7 +113,7 @@ class TextModality(Modality[Sample]):
             return Vocabulary(size)
         if size is not None and size != found.size:
             raise ValueError(
-                f"data.tokenizer={self.data.tokenizer} has {found.size} symbols, embedding.vocab_size={size}; give the "
+                f"data.tokenizer={self.tokenizer_file} has {found.size} symbols, embedding.vocab_size={size}; give the "
                 "tokenizer that this configuration was made for, or leave embedding.vocab_size out"
             )
         return found
@@ -81,7 +121,9 @@ class TextModality(Modality[Sample]):
     def _check_source(self) -> None:
         """That `from` is no run on the built-in grammar where this one reads text. The rest is seen by the weights."""
         stored = Path(self.config.from_run or "") / "config.yaml"
-        if self.config.from_run is None or self.data.tokenizer is None or not stored.is_file():
+        if self.config.from_run is None or self.tokenizer_file is None or not stored.is_file():
+            return
+        if self.config.home is not None:  # it was asked when that run began
             return
         before = read_yaml(stored)
         if (before.get("data") or {}).get("tokenizer") is None and not (before.get("embedding") or {}).get(
@@ -94,14 +136,13 @@ class TextModality(Modality[Sample]):
 
     @cached_property
     def tokenizer(self) -> BPE:
-        """That of `data.tokenizer`; of a stored run, the copy in its folder. Raises UserError where it does not fit."""
-        assert self.data.tokenizer is not None
-        kept = (self.config.home or Path()) / TOKENIZER
-        return load_tokenizer(kept if self.config.home and kept.is_file() else self.data.tokenizer)
+        """That of `tokenizer_file`. Raises UserError where it does not fit."""
+        assert self.tokenizer_file is not None
+        return load_tokenizer(self.tokenizer_file)
 
     def keep(self, run: Path) -> None:
         """A copy of the tokenizer, without which the ids that the network takes mean nothing."""
-        if self.data.tokenizer is not None and not (run / TOKENIZER).exists():
+        if self.tokenizer_file is not None and not (run / TOKENIZER).exists():
             self.tokenizer.save(run / TOKENIZER)
 
     def __getstate__(self) -> dict[str, object]:
@@ -113,15 +154,29 @@ class TextModality(Modality[Sample]):
 
         Raises UserError where there is no tokenizer: the built-in grammar has ids alone (`grammar.labelled`).
         """
-        if self.data.tokenizer is None:
+        return collate([self.sample(text)])
+
+    def sample(self, *texts: str) -> Sample:
+        """What `LoadedClassifier.predict` takes, for one text or a pair; as labelled data are read."""
+        if self.tokenizer_file is None:
             raise UserError("This run has no tokenizer: it was trained on the built-in grammar. Give it ids.")
-        (ids,) = self.tokenizer.encode([text])
-        return collate([np.array([BOS, *ids[: self.embedding.max_positions - 2], EOS])])
+        (ids,), _ = labelled.encode(self.tokenizer, [texts], self.max_tokens)
+        return ids
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a labelled sample."""
+        positions = self.embedding.max_positions
+        return positions if self.glue is None else min(self.glue.max_tokens, positions)
 
     @classmethod
     def sections(cls, encoder: str) -> Mapping[str, type]:
         del encoder
         return {"data": TextConfig, "embedding": EmbeddingConfig, "head": HeadConfig, "mask": TokenMaskingConfig}
+
+    @classmethod
+    def task_sections(cls) -> Mapping[str, type]:
+        return {"glue": GlueConfig}
 
     @classmethod
     def recipes(cls) -> Path:
@@ -178,3 +233,16 @@ class TextModality(Modality[Sample]):
     def probe(self) -> ProbeTask | None:
         """The roles of the built-in grammar, for networks that know its words."""
         return role_probe() if self.vocabulary == grammar.vocabulary() else None
+
+    def task(self) -> Task[Sample]:
+        """Labelled sentences or pairs at `data.path`; without one, a task on the built-in grammar."""
+        data = self.data
+        assert self.glue is not None
+        if data.path is not None:
+            return labelled.from_files(data.path, self.glue, self.tokenizer, self.max_tokens, data.max_bad_ratio)
+        if self.vocabulary != grammar.vocabulary():
+            raise UserError(
+                f"from={self.config.from_run} was trained on text, and there is no data.path. Give labelled text: a "
+                "folder of a task of GLUE with train.tsv, or a .tsv, .csv or .jsonl file with named columns."
+            )
+        return labelled.from_grammar(self.max_tokens)
