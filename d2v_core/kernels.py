@@ -191,8 +191,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     """F.scaled_dot_product_attention of (R, H, T, d), made for training in bf16 on a CPU with dropout or learned bias,
     where torch has no fused form and computes in fp32; F.scaled_dot_product_attention itself everywhere else.
 
-    Logits are rounded to bf16: the output is 1.5 to 2 times as far from the exact one as torch's, which is about as far as
-    rounding queries and keys puts it (docs/performance.md has the figures).
+    Logits are rounded to bf16: the output is 1.5 to 2 times as far from the exact one as torch's, which is hardly worse
+    than rounding the inputs makes it (docs/performance.md has the figures).
     """
     operands = (q, k, v)
     if torch.is_autocast_enabled(q.device.type):
