@@ -3,13 +3,20 @@
     python benchmarks/pretrain_step.py --preset base                       # CPU, one thread, fp32, 8 s of audio
     python benchmarks/pretrain_step.py --preset base --device cuda --dtype bf16 --batch 64 --compile
     python benchmarks/pretrain_step.py --preset tiny                       # log-mel: d2v alone, no peer has it
+    python benchmarks/pretrain_step.py --modality vision                   # 8 images of 224 x 224
+    python benchmarks/pretrain_step.py --modality text                     # 4 blocks of 512 tokens
+    python benchmarks/pretrain_step.py --modality text --shortest 0.25     # of 128 to 512 tokens, padded
 
 A step is student and teacher forward, backward, gradient norm, optimizer and teacher update. `d2v` is the product's own
-step (`d2v_core.trainer.Updater`). `hf` is what a user writes with `transformers.Data2VecAudioModel` (SDPA attention): a
-deep copy as teacher that runs on the whole waveform, forward hooks for the feed-forward outputs, `torch.optim.AdamW` as
-it comes, a Python loop for the moving average (hf_peer.py). Both have the same sizes, dropout, audio and masks; layer
-drop is off, so that both always do all layers. Before timing, d2v's weights are put into the peer, and loss and
-gradient norm must agree.
+step (`d2v_core.trainer.Updater`). `hf` is what a user writes with the classes of transformers (SDPA attention).
+  audio   `Data2VecAudioModel`: a deep copy as teacher that runs on the whole waveform, forward hooks for the
+          feed-forward outputs, `torch.optim.AdamW` as it comes, a Python loop for the moving average (hf_peer.py).
+  vision  `Data2VecVisionModel`: a deep copy as teacher, whose hidden states are the targets (hf_vision_text.py).
+  text    `Data2VecTextModel`: the same with forward hooks for the feed-forward outputs. In vision and text the peer has
+          fused AdamW, `foreach` moving averages, and computes targets and predictions at scored places only.
+Both have the same sizes, dropout, inputs and masks; layer drop is off, so that both always do all layers. Before
+timing, d2v's weights are put into the peer, and loss and gradient norm must agree; in vision and text over some steps
+of training, in which the loss must fall.
 
 How to read the numbers
   seconds      process CPU time on a CPU (does not grow when others use the machine, but caches are shared), wall time
@@ -32,12 +39,13 @@ import argparse
 import datetime
 import json
 import math
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +55,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from hf_peer import HuggingFace, has_peer
+from hf_vision_text import TextPeer, VisionPeer, has_text_peer, has_vision_peer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,13 +65,20 @@ from transformers import __version__ as transformers_version  # pyright: ignore[
 from d2v_core import __version__ as d2v_version
 from d2v_core.config import RunConfig, load_config
 from d2v_core.contract import Batch, Layout, Modality
+from d2v_core.data2vec import Data2Vec
 from d2v_core.loop import AUTOCAST
 from d2v_core.run import build_model
 from d2v_core.trainer import Updater
 
-NO_DROPOUT = ("model.dropout=0", "model.attention_dropout=0", "model.activation_dropout=0")
+NO_DROPOUT = ("model.dropout=0", "model.attention_dropout=0", "model.activation_dropout=0", "model.drop_path=0")
+CONSTANT_LR = ("optim.schedule=constant", "optim.warmup_ratio=0", "optim.lr=1e-4")
+VERIFY_STEPS = 5
 TOLERANCE = 1e-4
 MAX_DRIFT = 0.15
+BATCH = {"audio": 1, "vision": 8, "text": 4}
+AMOUNT = {"audio": "audio_s", "vision": "images", "text": "tokens"}
+UNIT = {"audio": "audio-s", "vision": "images", "text": "tokens"}
+VOCABULARY = 50265  # of the official text models
 
 
 @dataclass
@@ -76,22 +92,52 @@ class Setup:
     compile: bool
 
     @classmethod
-    def of(cls, args: argparse.Namespace, seconds: float, *overrides: str) -> Setup:
-        values = {"modality": "audio", "preset": args.preset, "encoder": args.encoder, "model.layer_drop": "0"}
+    def of(cls, args: argparse.Namespace, *overrides: str, small: bool = False) -> Setup:
+        """small: at most 2 s of audio, or two samples, for what need not be timed."""
+        values = {"modality": args.modality, "preset": args.preset, "model.layer_drop": "0"}
         values |= {"train.device": args.device, "train.precision": args.dtype}
+        if args.modality == "audio":
+            values["encoder"] = args.encoder
+        if args.modality == "text":
+            values["embedding.vocab_size"] = str(VOCABULARY)
         values |= dict(word.split("=", 1) for word in [*args.set, *overrides])
         config, kind = load_config([f"{key}={value}" for key, value in values.items()])
         modality: Any = kind(config)
-        num_samples = round(seconds * modality.data.sample_rate)
-        waveform = torch.randn(args.batch, num_samples, generator=torch.Generator().manual_seed(0))
-        layouts = [Layout((modality.geometry.num_tokens(num_samples),))] * args.batch
-        masks = modality.masking()(layouts, 1, [np.random.default_rng(i) for i in range(args.batch)])
+        rows = args.batch or BATCH[args.modality]
+        if args.modality == "audio":
+            inputs, layouts = audio_inputs(modality, rows, min(args.seconds, 2.0) if small else args.seconds)
+        elif args.modality == "vision":
+            inputs, layouts = vision_inputs(modality, min(rows, 2) if small else rows)
+        else:
+            inputs, layouts = text_inputs(modality, min(rows, 2) if small else rows, args.shortest)
+        masks = modality.masking()(layouts, 1, [np.random.default_rng(i) for i in range(len(layouts))])
         device = torch.device(args.device)
-        return cls(config, modality, device, Batch({"waveform": waveform}, masks).to(device), args.compile)
+        return cls(config, modality, device, Batch(inputs, masks).to(device), args.compile)
 
     @property
-    def seconds(self) -> float:
+    def amount(self) -> float:
         return self.modality.amount(self.batch.inputs)
+
+
+def audio_inputs(modality: Any, rows: int, seconds: float) -> tuple[Mapping[str, Tensor], list[Layout]]:
+    num_samples = round(seconds * modality.data.sample_rate)
+    waveform = torch.randn(rows, num_samples, generator=torch.Generator().manual_seed(0))
+    return {"waveform": waveform}, [Layout((modality.geometry.num_tokens(num_samples),))] * rows
+
+
+def vision_inputs(modality: Any, rows: int) -> tuple[Mapping[str, Tensor], list[Layout]]:
+    size = modality.data.image_size
+    image = torch.randn(rows, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return {"image": image}, [Layout(modality.grid)] * rows
+
+
+def text_inputs(modality: Any, rows: int, shortest: float) -> tuple[Mapping[str, Tensor], list[Layout]]:
+    """Random symbols; lengths evenly spread from `shortest` times the longest to the longest."""
+    longest = modality.data.block_tokens
+    lengths = np.linspace(round(shortest * longest), longest, rows).round().astype(int) if rows > 1 else [longest]
+    rng = np.random.default_rng(0)
+    samples = [rng.integers(4, modality.vocabulary.size - 1, length) for length in lengths]
+    return modality.collate(samples), [modality.layout(sample) for sample in samples]
 
 
 class D2V:
@@ -113,34 +159,87 @@ class D2V:
         return result.loss, result.grad_norm
 
 
-def contender(name: str, setup: Setup) -> D2V | HuggingFace:
-    return D2V(setup) if name == "d2v" else HuggingFace(setup.config, setup.batch, setup.compile)
+Contender = D2V | HuggingFace | VisionPeer | TextPeer
+PEERS = {"audio": HuggingFace, "vision": VisionPeer, "text": TextPeer}
+HAS_PEER = {"audio": has_peer, "vision": has_vision_peer, "text": has_text_peer}
 
 
-def verify(args: argparse.Namespace) -> dict[str, float]:
-    """Relative differences of loss and gradient norm with equal weights and no dropout, in fp32; stops if too large."""
-    setup = Setup.of(args, min(args.seconds, 2.0), *NO_DROPOUT, "train.precision=fp32")
+def contender(name: str, setup: Setup) -> Contender:
+    return D2V(setup) if name == "d2v" else PEERS[setup.modality.name](setup.config, setup.batch, setup.compile)
+
+
+def verify(args: argparse.Namespace) -> dict[str, Any]:
+    """With equal weights and no dropout, in fp32: the largest relative differences of loss and gradient norm, and the
+    losses. Stops where the two do not compute the same thing, or do not learn.
+    """
+    steps = 1 if args.modality == "audio" else VERIFY_STEPS  # the peer for audio has no schedule
+    setup = Setup.of(args, *NO_DROPOUT, *(CONSTANT_LR if steps > 1 else ()), "train.precision=fp32", small=True)
     setup.compile = False
     d2v = D2V(setup)
-    peer = HuggingFace(setup.config, setup.batch, False, d2v.model)
-    differences = [
-        abs(ours.item() - theirs.item()) / abs(ours.item())
-        for ours, theirs in zip(d2v.step(0), peer.step(0), strict=True)
-    ]
-    result = {"loss": differences[0], "grad_norm": differences[1]}
+    if steps > 1:
+        perturb(d2v.model)
+    peer = PEERS[args.modality](setup.config, setup.batch, False, d2v.model)
+    counts = [sum(p.numel() for p in parameters) for parameters in (d2v.updater.parameters, peer.parameters)]
+    if steps > 1 and counts[0] != counts[1]:
+        raise SystemExit(f"d2v trains {counts[0]} numbers and hf {counts[1]}")
+    values = [[[x.item() for x in one.step(number)] for one in (d2v, peer)] for number in range(steps)]
+    differences = [max(abs(ours[i] - theirs[i]) / abs(ours[i]) for ours, theirs in values) for i in range(2)]
+    result: dict[str, Any] = {"loss": differences[0], "grad_norm": differences[1]}
+    if steps > 1:
+        result |= {
+            "parameters": counts[0],
+            "losses": {n: [v[i][0] for v in values] for i, n in enumerate(("d2v", "hf"))},
+        }
     print(f"same weights, relative difference: loss {differences[0]:.1e}, gradient norm {differences[1]:.1e}")
     if not max(differences) <= TOLERANCE:
         raise SystemExit(f"d2v and hf do not compute the same thing: {result}, allowed {TOLERANCE}")
+    if steps > 1 and not all(losses[-1] < losses[0] for losses in result["losses"].values()):
+        raise SystemExit(f"the loss does not fall on a fixed batch: {result['losses']}")
     return result
 
 
+@torch.no_grad()
+def perturb(model: Data2Vec) -> None:
+    """Add noise to all weights: at first some tables are zero and some scales almost zero, and would hide faults."""
+    generator = torch.Generator().manual_seed(0)
+    for part in (model.student, model.predictor):
+        for parameter in part.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+    model.update_teacher(0.0)
+
+
 def step_flops(setup: Setup) -> dict[str, float]:
-    """FLOPs of d2v's step by part; a multiply-add is 2. Matrix products and convolutions only.
+    """FLOPs of d2v's step by part; a multiply-add is 2. Matrix products and convolutions only, padding included.
 
     Backward costs twice the forward, but for the first layer, whose input needs no gradient.
     """
-    model, sections = setup.config.model, cast("dict[str, Any]", setup.config.sections)
-    features, positions, dim = sections["features"], sections["positions"], model.embed_dim
+    model, masks = setup.config.model, setup.batch.masks
+    assert masks is not None
+    dim, scored = model.embed_dim, len(masks.scored_rows)
+    place, head = 0.0, 2.0 * dim * dim * scored
+    rows, length = masks.hidden.shape[0], masks.hidden.shape[2]
+    if setup.modality.name == "audio":
+        front_end, place = audio_flops(setup)
+    elif setup.modality.name == "vision":  # the teacher has an embedding of its own
+        front_end = (2 + 1) * 2.0 * 3 * cast("Any", setup.modality).features.patch_size ** 2 * dim * rows * length
+        length += 1
+    else:
+        front_end = 0.0
+        layers = cast("Any", setup.modality).head.layers
+        if layers > 1:  # D -> 2D -> ... -> 2D -> D
+            head = 2.0 * (2 * dim * 2 * dim + (layers - 2) * (2 * dim) ** 2) * scored
+    tokens = rows * length
+    linears = model.num_layers * 2.0 * (4 * dim**2 + 2 * dim * int(dim * model.mlp_ratio)) * tokens
+    attention = model.num_layers * 4.0 * length * dim * tokens
+    encoder = place + linears + attention
+    student = 3 * (encoder + head)
+    return {"front_end": front_end, "student": student, "teacher": encoder, "total": front_end + student + encoder}
+
+
+def audio_flops(setup: Setup) -> tuple[float, float]:
+    """(front end forwards and backwards, positions forwards)."""
+    sections = cast("dict[str, Any]", setup.config.sections)
+    features, positions, dim = sections["features"], sections["positions"], setup.config.model.embed_dim
     waveform, masks = setup.batch.inputs["waveform"], setup.batch.masks
     assert masks is not None
     rows, length = waveform.shape
@@ -163,16 +262,7 @@ def step_flops(setup: Setup) -> dict[str, float]:
     project = 2.0 * channels * dim * tokens
     kernel = max(3, positions.width // positions.depth)
     place = positions.depth * 2.0 * dim * (dim // positions.groups) * kernel * tokens
-    linears = model.num_layers * 2.0 * (4 * dim**2 + 2 * dim * int(dim * model.mlp_ratio)) * tokens
-    attention = model.num_layers * 4.0 * length * dim * tokens
-    head = 2.0 * dim * dim * len(masks.scored_rows)
-    encoder = place + linears + attention
-    return {
-        "front_end": 3 * (sum(front) + project) - front[0] + mel,
-        "student": 3 * (encoder + head),
-        "teacher": encoder,
-        "total": 3 * (sum(front) + project + encoder + head) - front[0] + mel + encoder,
-    }
+    return 3 * (sum(front) + project) - front[0] + mel, place
 
 
 class CountFlops(TorchDispatchMode):
@@ -198,7 +288,7 @@ class CountFlops(TorchDispatchMode):
 
 def check_flops(args: argparse.Namespace) -> float:
     """Counted / analytic FLOPs, with attention as plain products so that the counter sees them."""
-    setup = Setup.of(args, min(args.seconds, 2.0), *NO_DROPOUT)
+    setup = Setup.of(args, *NO_DROPOUT, small=True)
     d2v = D2V(setup)
     with CountFlops() as counter, sdpa_kernel(SDPBackend.MATH):
         d2v.step(0)
@@ -264,7 +354,8 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
     for name, values in times.items():
         result["contenders"][name] = {
             "seconds": values, "min_s": min(values), "median_s": median(values),
-            "audio_s_per_s": setup.seconds / min(values), "of_peak": flops["total"] / 1e9 / min(values) / peak,
+            f"{AMOUNT[setup.modality.name]}_per_s": setup.amount / min(values),
+            "of_peak": flops["total"] / 1e9 / min(values) / peak,
         }  # fmt: skip
     if "hf" in times:
         result["ratio_median"] = median(h / d for h, d in zip(times["hf"], times["d2v"], strict=True))
@@ -306,10 +397,14 @@ def cpu_model() -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modality", default="audio", choices=("audio", "vision", "text"))
     parser.add_argument("--preset", default="base", choices=("tiny", "base", "large"))
-    parser.add_argument("--encoder", default="", help="empty = the preset's; waveform or logmel")
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of each clip")
-    parser.add_argument("--batch", type=int, default=1, help="clips")
+    parser.add_argument("--encoder", default="", help="of audio; empty = the preset's; waveform or logmel")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of each clip of audio")
+    parser.add_argument("--batch", type=int, help=f"clips, images or blocks of text; {BATCH}")
+    parser.add_argument(
+        "--shortest", type=float, default=1.0, help="of text: shortest block over the longest; below 1 there is padding"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -330,20 +425,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     if args.memory:
-        print(peak_memory(lambda: Setup.of(args, args.seconds), args.only, torch.device(args.device)))
+        print(peak_memory(lambda: Setup.of(args), args.only, torch.device(args.device)))
         return 0
     if args.check_flops:
         ratio = check_flops(args)
         print(f"counted / analytic FLOPs: {ratio:.4f}")
         return 0 if abs(ratio - 1) < 0.01 else 1
-    setup = Setup.of(args, args.seconds)
-    names = [args.only] if args.only else ["d2v", "hf"] if has_peer(setup.config) else ["d2v"]
+    setup = Setup.of(args)
+    names = [args.only] if args.only else ["d2v", "hf"] if HAS_PEER[args.modality](setup.config) else ["d2v"]
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"d2v": d2v_version, "torch": torch.__version__, "transformers": transformers_version},
         "cpu": cpu_model(), "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
         "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
-        "audio_s": setup.seconds,
+        "load_average": os.getloadavg(), AMOUNT[args.modality]: setup.amount,
     }  # fmt: skip
     if "hf" in names and not args.no_verify:
         result["verified"] = verify(args)
@@ -353,7 +448,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, row in result["contenders"].items():
         memory = result.get("peak_memory_mib", {}).get(name)
         print(
-            f"{name:4} min {row['min_s']:.3f} s  median {row['median_s']:.3f} s  {row['audio_s_per_s']:.2f} audio-s/s  "
+            f"{name:4} min {row['min_s']:.3f} s  median {row['median_s']:.3f} s  "
+            f"{row[AMOUNT[args.modality] + '_per_s']:.2f} {UNIT[args.modality]}/s  "
             f"{row['of_peak']:.0%} of {result['peak_gflops']:.0f} GFLOP/s" + (f"  {memory:.0f} MiB" if memory else "")
         )
     if "ratio_median" in result:

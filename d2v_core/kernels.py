@@ -1,4 +1,4 @@
-"""Linear maps and convolutions in (B, T, C) layout that use the fast kernels of the machine.
+"""Linear maps, attention and convolutions in (B, T, C) layout that use the fast kernels of the machine.
 
 Why: in fp32 torch's CPU `mm` is MKL, which gives AMD processors its AVX2 code (about 95 GFLOP/s per core where AVX-512
 has 210); oneDNN, which torch ships and already uses for bf16, has no such rule. And a convolution along contiguous
@@ -110,6 +110,99 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+@functools.cache
+def _has_onednn_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _kept(count: int, rate: float) -> tuple[Tensor, float]:
+    """(count,) int16 for dropout, -1 (all bits set) = kept and 0 = dropped; and the share that is kept on average.
+
+    Of 15 random bits each, so that the rate is met to 1/65536. torch's own mask draws a double for each element, which
+    costs as much as all matrix products of attention.
+    """
+    limit = round(rate * (1 << 15))
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)[:count]
+    return bits.bitwise_and_(0x7FFF).neg_().add_(limit - 1).bitwise_right_shift_(15), 1.0 - limit / (1 << 15)
+
+
+class _Attention(torch.autograd.Function):
+    """Dropped weights are cleared bit by bit, which is cheaper than a product, and 1 / kept falls to the output."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        rows, heads, num_queries, width = q.shape
+        scale = width**-0.5
+        q, k, v = (x.reshape(rows * heads, -1, width) for x in (q * scale, k, v))
+        logits = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, num_queries, -1)
+        if mask is not None:
+            # The least finite number where SDPA has -inf: a row of them alone would be not a number.
+            least = torch.finfo(logits.dtype).min
+            if mask.dtype == torch.bool:
+                logits.masked_fill_(~mask, least)
+            else:
+                logits.add_(mask.to(logits.dtype)).clamp_(min=least)
+        weights = torch.softmax(logits, -1).flatten(0, 1)
+        kept, share = _kept(weights.numel(), dropout) if dropout > 0 else (None, 1.0)
+        ctx.save_for_backward(q, k, v, weights, kept)
+        ctx.shape, ctx.scale, ctx.share = (rows, heads, num_queries, width), scale, share
+        ctx.mask = None if mask is None else (mask.shape, mask.dtype)
+        y = torch.bmm(_clear(weights, kept), v)
+        return (y if kept is None else y.div_(share)).view(rows, heads, num_queries, width)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, kept = ctx.saved_tensors
+        rows, heads, num_queries, width = ctx.shape
+        g = grad.reshape(rows * heads, num_queries, width)
+        if kept is not None:
+            g = g / ctx.share
+        dv = torch.bmm(_clear(weights, kept).transpose(1, 2), g)
+        dweights = torch.bmm(g, v.transpose(1, 2))
+        if kept is not None:
+            dweights.view(torch.int16).view(-1).bitwise_and_(kept)
+        dlogits = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        dmask = None
+        if ctx.needs_input_grad[3]:
+            shape, dtype = ctx.mask
+            full = dlogits.view(rows, heads, num_queries, -1)
+            shape = (1,) * (4 - len(shape)) + tuple(shape)
+            axes = [i for i in range(4) if shape[i] == 1 and full.shape[i] > 1]
+            dmask = full.sum(axes, keepdim=True, dtype=torch.float32) if axes else full
+            dmask = dmask.view(ctx.mask[0]).to(dtype)
+        dq = torch.bmm(dlogits, k).mul_(ctx.scale)
+        dk = torch.bmm(dlogits.transpose(1, 2), q)
+        return *(x.view(rows, heads, -1, width) for x in (dq, dk, dv)), dmask, None
+
+
+def _clear(weights: Tensor, kept: Tensor | None) -> Tensor:
+    """bf16 weights with +0 where `kept` is 0."""
+    if kept is None:
+        return weights
+    return (weights.view(torch.int16) & kept.view(weights.shape)).view(weights.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """F.scaled_dot_product_attention of (R, H, T, d), made for training in bf16 on a CPU with dropout or learned bias,
+    where torch has no fused form and computes in fp32; F.scaled_dot_product_attention itself everywhere else.
+
+    Logits are rounded to bf16: the output is 1.5 to 2 times as far from the exact one as torch's, which is hardly worse
+    than rounding the inputs makes it (docs/performance.md has the figures).
+    """
+    operands = (q, k, v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = cast("tuple[Tensor, Tensor, Tensor]", _autocast(q, k, v))
+    learned = mask is not None and mask.requires_grad
+    slow = torch.is_grad_enabled() and (dropout > 0 or learned)
+    if _is_plain() or not slow or q.device.type != "cpu" or q.dtype != torch.bfloat16 or not _has_onednn_bf16():
+        return F.scaled_dot_product_attention(*operands, attn_mask=mask, dropout_p=dropout)
+    with torch.autocast("cpu", enabled=False):
+        return cast(Tensor, _Attention.apply(q, k, v, mask, dropout))  # pyright: ignore[reportUnknownMemberType]
 
 
 def _parts(kernel: int, stride: int) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig
 from d2v_core.contract import AttentionBias
-from d2v_core.kernels import Linear, linear
+from d2v_core.kernels import Linear, attention, linear
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         qkv = linear(x, self.qkv.weight, bias)
         q, k, v = rearrange(qkv, "r t (three h d) -> three r h t d", three=3, h=self.num_heads).unbind(0)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        y = attention(q, k, v, attn_mask, dropout)
         return self.out(rearrange(y, "r h t d -> r t (h d)"))
 
 

@@ -87,3 +87,103 @@ def test_compiles_in_one_graph():
     x, weight = torch.randn(1, 65, 32), torch.randn(24, 32, 3)
     compiled = torch.compile(lambda x, w: kernels.conv1d_time_major(x, w, None, 2), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, weight), kernels.conv1d_time_major(x, weight, None, 2), rtol=1e-5, atol=1e-4)
+
+
+def attention_case(kind, dtype):
+    """q, k, v; the learned part of the mask or None; the mask as a function of both; the gradient of the output.
+
+    2 rows, of which the second is padded, 3 heads, 37 tokens.
+    """
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 37, 16).to(dtype).requires_grad_() for _ in range(3)]
+    bias = torch.randn(1, 3, 37, 37, requires_grad=True) if "bias" in kind else None
+    keep = torch.arange(37).expand(2, 1, 1, 37) < torch.tensor([37, 20]).view(2, 1, 1, 1)
+
+    def mask():
+        if "padding" not in kind:
+            return bias
+        return keep if bias is None else bias.masked_fill(~keep, float("-inf"))
+
+    return inputs, bias, mask, torch.randn(2, 3, 37, 16)
+
+
+KINDS = ["", "bias", "padding", "bias and padding"]
+needs_bf16 = pytest.mark.skipif(not kernels._has_onednn_bf16(), reason="this processor has no fast bf16")
+
+
+def gradients(y, inputs, bias, grad):
+    """The output and the gradients of everything, float32."""
+    wanted = [*inputs, *([] if bias is None else [bias])]
+    return [x.float() for x in (y, *torch.autograd.grad(y, wanted, grad.to(y.dtype)))]
+
+
+def near(ours, theirs):
+    """Within 1 % of the norm, which is bf16's rounding."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
+@needs_bf16
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention(kind, monkeypatch):
+    """A dropout rate so low that it rounds to none takes the fast form, and the result is torch's."""
+    inputs, bias, mask, grad = attention_case(kind, torch.bfloat16)
+    used = []
+    apply = kernels._Attention.apply
+    monkeypatch.setattr(kernels._Attention, "apply", lambda *args: used.append(1) or apply(*args))
+    ours = gradients(kernels.attention(*inputs, mask(), 1e-9), inputs, bias, grad)
+    assert used
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    near(ours, gradients(F.scaled_dot_product_attention(*exact, attn_mask=mask()), exact, bias, grad))
+
+
+@needs_bf16
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_with_dropout(kind, monkeypatch):
+    """The result is what the drawn mask makes of torch's softmax."""
+    inputs, bias, mask, grad = attention_case(kind, torch.bfloat16)
+    drawn = []
+    draw = kernels._kept
+    monkeypatch.setattr(kernels, "_kept", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    ours = gradients(kernels.attention(*inputs, mask(), 0.3), inputs, bias, grad)
+    ((kept, share),) = drawn
+    assert abs(share - 0.7) < 2**-15
+    q, k, v = exact = [x.detach().float().requires_grad_() for x in inputs]
+    logits, added = q @ k.transpose(2, 3) / 4.0, mask()
+    if added is not None:
+        logits = logits.masked_fill(~added, float("-inf")) if added.dtype == torch.bool else logits + added
+    y = (logits.softmax(-1) * (kept.view(logits.shape) != 0) / share) @ v
+    near(ours, gradients(y, exact, bias, grad))
+
+
+def test_dropout_bits():
+    torch.manual_seed(0)
+    kept, share = kernels._kept(1_000_001, 0.1)
+    assert kept.shape == (1_000_001,)
+    assert set(kept.unique().tolist()) == {-1, 0}
+    assert abs(share - 0.9) < 2**-15
+    dropped = (kept == 0).double()
+    assert abs(dropped.mean() - 0.1) < 4 * 0.3e-3  # four standard deviations
+    for distance in range(1, 9):  # four numbers come from one draw: they must know nothing of each other
+        assert abs((dropped[distance:] * dropped[:-distance]).mean() - 0.01) < 4 * 0.1e-3
+    assert not torch.equal(kept, kernels._kept(1_000_001, 0.1)[0])
+    assert (kernels._kept(1000, 1.0)[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype, kind", [(torch.float32, "bias"), (torch.bfloat16, "padding")])
+def test_attention_elsewhere_is_torch_own(dtype, kind):
+    """In fp32, and in bf16 without dropout or a learned bias."""
+    inputs, _, mask, _ = attention_case(kind, dtype)
+    expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask())
+    assert torch.equal(kernels.attention(*inputs, mask(), 0.0), expected)
+
+
+@needs_bf16
+def test_plain_attention_is_torch_own():
+    inputs, _, mask, _ = attention_case("bias", torch.bfloat16)
+    with kernels.plain():
+        torch.manual_seed(1)
+        ours = kernels.attention(*inputs, mask(), 0.1)
+    torch.manual_seed(1)
+    assert torch.equal(ours, F.scaled_dot_product_attention(*inputs, attn_mask=mask(), dropout_p=0.1))
