@@ -7,6 +7,7 @@ import lzma
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_training_images_are_timm_s() -> None:
     from timm.data.transforms_factory import create_transform
 
     data, config = VisionConfig(image_size=48), AugmentConfig()
-    whole = create_transform(
+    whole: Any = create_transform(
         48, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", color_jitter=0.4,
         mean=tuple(data.mean), std=tuple(data.std),
     )  # fmt: skip
