@@ -7,6 +7,7 @@ import lzma
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_training_images_are_timm_s() -> None:
     from timm.data.transforms_factory import create_transform
 
     data, config = VisionConfig(image_size=48), AugmentConfig()
-    whole = create_transform(
+    whole: Any = create_transform(
         48, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", color_jitter=0.4,
         mean=tuple(data.mean), std=tuple(data.std),
     )  # fmt: skip
@@ -237,6 +238,22 @@ def test_training_images_are_timm_s() -> None:
         with seeded(generator(0, "prepare", i)):
             theirs = whole(Image.fromarray(PIXELS))
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_strongest_posterizing_is_black_and_no_crash() -> None:
+    from timm.data.auto_augment import AugmentOp
+
+    data, config = VisionConfig(image_size=32), AugmentConfig(rand_augment="rand-m10-n1-p1-inc1", flip_prob=0.0)
+    compose = labelled.training_transform(data, config)
+    operations = {one.name: one for one in compose.transforms[-1].ops}
+    image = Image.fromarray(PIXELS)
+    assert not np.asarray(operations["PosterizeIncreasing"](image)).any()
+    operations["PosterizeIncreasing"].magnitude = 5  # two bits
+    assert np.array_equal(np.asarray(operations["PosterizeIncreasing"](image)), PIXELS & 0b11000000)
+    theirs = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=5)
+    assert np.array_equal(np.asarray(theirs(image)), PIXELS & 0b11000000)
+    made = [vary(PIXELS, data, AugmentConfig(rand_augment="rand-m10-n9-p1"), generator(0, "p", i)) for i in range(100)]
+    assert len({one.tobytes() for one in made}) > 90
 
 
 def test_chance_of_augmentation_comes_from_the_generator_alone() -> None:

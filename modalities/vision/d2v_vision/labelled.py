@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from d2v_core.config import opt
@@ -313,10 +313,19 @@ def _timm_transform(
         side, is_training=True, scale=scale, ratio=aspect, hflip=flip_prob, color_jitter=None,
         auto_augment=rand_augment, interpolation="bicubic", mean=mean, std=std, separate=True,
     )  # fmt: skip
+    for augmentation in second.transforms if rand_augment else ():
+        for operation in augmentation.ops:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
     steps = list(first.transforms)
     if pad_crop is not None:  # as officially for small images, in place of the random resized crop
         steps[0] = transforms.RandomCrop(side, padding=pad_crop)
     return transforms.Compose([*steps, *second.transforms])
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """At its strongest RandAugment keeps no bit at all. Pillow 13 refuses that; before, the image became black."""
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def mix(images: Tensor, targets: Tensor, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
