@@ -150,7 +150,8 @@ def vision_cells(data: Path, out: Path, seeds: Sequence[int], more: Sequence[str
         later = (f"from={run}", f"data.path={data}")
         cells.append(Cell("probe", seed, ("stage=probe", *later)))
         for labels in ("1%", "10%"):
-            words = ("stage=finetune", "preset=cifar", *later, f"labels={labels}")
+            steps = {"1%": 400, "10%": 800}[labels]
+            words = ("stage=finetune", "preset=cifar", *later, f"labels={labels}", f"train.max_steps={steps}")
             cells.append(Cell(f"pretrained, {labels}", seed, words))
             cells.append(Cell(f"untrained, {labels}", seed, (*words, "finetune.weights=untrained")))
             baseline = (*words, "optim.lr=2e-3", "finetune.ema_decay=null", "finetune.layer_decay=1")
@@ -253,7 +254,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="only cells whose name contains this")
+    parser.add_argument("--only", nargs="+", help="only cells of these names, such as pretrain")
     parser.add_argument("--more", nargs="*", default=[], help="key=value for pre-training")
     parser.add_argument("--table", type=Path, help="print the table of a folder of results")
     given = parser.parse_args()
@@ -274,7 +275,7 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "d2v_core", *words], check=True)
         cells = text_cells(given.data.resolve(), given.glue.resolve(), out, given.seeds, given.more)
     for cell in cells:
-        if given.only in cell.name:
+        if given.only is None or cell.name in given.only:
             run_cell(cell, out, given.results)
     print(table(given.results))
 
