@@ -32,6 +32,11 @@ class EmbeddingConfig:
         "both are given they must agree.",
     )
     max_positions: int = opt(512, "Longest sequence in tokens; the table of positions has two rows more.")
+    position_std: float = opt(
+        0.02,
+        "Initial standard deviation of the positions; officially that of the tokens, which makes place half of every "
+        "first target and trivial to predict. Less is for runs too short to grow out of that.",
+    )
     teacher: Literal["copy", "average"] = opt(
         "copy",
         "How the teacher's tables and their norm follow the student's. The official recipe copies them "
@@ -96,6 +101,8 @@ class TextEncoder(FeatureEncoder):
         self.norm = nn.LayerNorm(model.embed_dim, eps=model.norm_eps)
         self.dropout = model.dropout
         init_bert(self)
+        with torch.no_grad():
+            self.positions.weight *= config.position_std / 0.02  # of init_bert
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
         """inputs: ids (B, T) int64, and padding_mask (B, T) bool where some are padded."""

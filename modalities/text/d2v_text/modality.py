@@ -53,6 +53,8 @@ class TextModality(Modality[Sample]):
                 self.glue.check()
             if self.head.layers < 1:
                 raise ValueError(f"head.layers={self.head.layers} must be at least 1")
+            if not self.embedding.position_std >= 0:
+                raise ValueError(f"embedding.position_std={self.embedding.position_std} must be 0 or more")
             if self.data.block_tokens > self.embedding.max_positions:
                 raise ValueError(
                     f"data.block_tokens={self.data.block_tokens} is more than "
