@@ -397,6 +397,26 @@ def test_every_preset_has_a_recipe_and_only_waveform_convolutions_are_frozen(pre
     assert tuned.model.attention_dropout == 0.2 and config.model.attention_dropout == 0.1
 
 
+def test_the_recipe_of_base_trains_all_but_the_convolutions(d2v: Call, tmp_path: Path):
+    tones(tmp_path / "set", 4)
+    words = {
+        **PRETRAINING, "preset": "base", "features.channels": "16", "data.max_s": "4", "data.batch_s": "8",
+        "data.micro_batch_s": "null", "data.min_s": "0.5", "train.max_steps": "1", "out": "base",
+    }  # fmt: skip
+    assert cli.main(["run", *(f"{key}={value}" for key, value in words.items())]) == 0
+    status, _, error = d2v("from=base", "preset=base", "data.path=set", "finetune.dev_ratio=0.25", "out=run",
+                           "finetune.micro_batch=2", "model.layer_drop=0")  # fmt: skip
+    assert (status, error) == (0, "")
+    before, after = final("base"), final("run")
+    moved = {name for name in after if name in before or name.startswith("student.")}
+    moved = {name for name in moved if not torch.equal(before[name], after[name])}
+    still = {name for name in after if name.startswith("student.") and name not in moved}
+    frozen = tuple(f"student.encoder.embedding.{part}" for part in ("convs", "norms"))
+    # The vector of hidden tokens has no part in it: nothing is hidden from a classifier.
+    assert still - {"student.encoder.mask_embedding"} == {name for name in after if name.startswith(frozen)}
+    assert "student.encoder.embedding.project.weight" in moved
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
