@@ -283,7 +283,7 @@ def test_a_class_that_training_lacks(tokenizer: BPE, tmp_path: Path):
 def test_a_folder_that_is_not_it(tokenizer: BPE, tmp_path: Path):
     sst(tmp_path / "glue" / "SST-2")
     sst(tmp_path / "glue" / "CoLA")
-    with pytest.raises(UserError, match=r"has no train.tsv.*There are folders with one: give data.path=.*CoLA"):
+    with pytest.raises(UserError, match=r"has no train.tsv.*There is one in CoLA, SST-2: give data.path=.*CoLA"):
         read(tmp_path / "glue", tokenizer)
     assert read(tmp_path / "glue", tokenizer, task="sst2").name == "SST-2"
     (tmp_path / "empty").mkdir()

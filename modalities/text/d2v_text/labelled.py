@@ -288,7 +288,7 @@ def _find(given: str, config: GlueConfig) -> tuple[_Files, glue.GlueTask | None]
         folders = [child.name for child in sorted(path.iterdir()) if child.is_dir() and _part(child, "train")]
         there = sorted(child.name for child in path.iterdir())
         hint = (
-            f"There are folders with one: give data.path={Path(given) / folders[0]} (or {', '.join(folders[1:])})."
+            f"There is one in {', '.join(folders)}: give data.path={Path(given) / folders[0]}."
             if folders
             else f"There is: {', '.join(there[:9]) or 'nothing'}."
         )
