@@ -20,6 +20,18 @@ SHORT = {
     "train.tensorboard": "false",
     "train.probe": "false",
 }
+IMAGES = {
+    **SHORT,
+    "modality": "vision",
+    "model.embed_dim": "16",
+    "model.num_layers": "2",
+    "model.num_heads": "2",
+    "target.top_k_layers": "2",
+    "features.patch_size": "8",
+    "mask.num_patches": "9",
+    "mask.min_block": "2",
+    "data.batch": "8",
+}
 TIMES = ("throughput", "data_wait", "seconds")  # of a line of metrics.jsonl, which no two runs share
 
 

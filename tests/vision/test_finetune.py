@@ -28,14 +28,14 @@ from d2v_vision.data import ImageSample, VisionConfig, to_tensor
 from d2v_vision.labelled import AugmentConfig, middle, mix, open_task, vary
 from d2v_vision.modality import VisionModality
 
+from ..runs import IMAGES
+
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
 PLAIN = {"rand_augment": None, "flip_prob": 0.0, "erase_prob": 0.0, "mixup": 0.0, "cutmix": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save(path: Path, value: int = 0) -> None:
@@ -345,22 +345,7 @@ def test_nothing_to_mix_changes_nothing() -> None:
 
 # ------------------------------------------------------------------------------------------------- runs and presets
 
-TINY = {
-    "modality": "vision",
-    "model.embed_dim": "16",
-    "model.num_layers": "2",
-    "model.num_heads": "2",
-    "target.top_k_layers": "2",
-    "features.patch_size": "8",
-    "mask.num_patches": "9",
-    "mask.min_block": "2",
-    "data.synthetic_images": "16",
-    "data.batch": "8",
-    "train.max_steps": "2",
-    "train.num_workers": "0",
-    "train.tensorboard": "false",
-    "train.probe": "false",
-}
+TINY = {**IMAGES, "data.synthetic_images": "16", "train.max_steps": "2"}
 TUNE = {
     "modality": "vision",
     "stage": "finetune",

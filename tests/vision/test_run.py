@@ -17,22 +17,9 @@ from d2v_core import plugins
 from d2v_vision import data
 from d2v_vision.modality import VisionModality
 
-from ..runs import SHORT, call_d2v, lines
+from ..runs import IMAGES, call_d2v, lines
 
-TINY = {
-    "modality": "vision",
-    "model.embed_dim": "16",
-    "model.num_layers": "2",
-    "model.num_heads": "2",
-    "target.top_k_layers": "2",
-    "features.patch_size": "8",
-    "mask.num_patches": "9",
-    "mask.min_block": "2",
-    "data.synthetic_images": "24",
-    "data.batch": "8",
-    **SHORT,
-    "train.max_steps": "6",
-}
+TINY = {**IMAGES, "data.synthetic_images": "24", "train.max_steps": "6"}
 Run = Callable[..., tuple[int, str]]
 
 
