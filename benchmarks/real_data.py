@@ -166,9 +166,17 @@ def text_cells(corpus: Path, glue: Path, out: Path, seeds: Sequence[int], more: 
         run = out / f"pretrain-{seed}"
         words = ("modality=text", "preset=small", f"data.path={corpus}", f"data.tokenizer={tokenizer}", *more)
         cells.append(Cell("pretrain", seed, words))
-        for task, labels in (("SST-2", "1000"), ("SST-2", ""), ("CoLA", "")):
-            words = ("stage=finetune", f"from={run}", f"data.path={glue / task}", "glue.dev_part=test")
-            words += (f"preset={'small' if labels else 'small_full'}", *((f"labels={labels}",) if labels else ()))
+        for task, labels, steps, held in (
+            ("SST-2", "1000", 400, 0.02),
+            ("SST-2", "", 2000, 0.02),
+            ("CoLA", "", 1500, 0.1),
+        ):
+            words = ("stage=finetune", "preset=small", f"from={run}", f"data.path={glue / task}", "glue.dev_part=test")
+            words += (
+                f"train.max_steps={steps}",
+                f"finetune.dev_ratio={held}",
+                *((f"labels={labels}",) if labels else ()),
+            )
             name = f"{task}, {labels or 'all'}"
             cells.append(Cell(f"pretrained, {name}", seed, words))
             cells.append(Cell(f"untrained, {name}", seed, (*words, "finetune.weights=untrained")))
