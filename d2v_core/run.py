@@ -27,18 +27,15 @@ def build_model(modality: Modality[Any]) -> Data2Vec:
     """The network of a configuration with its initial weights, which depend on the seed alone."""
     config = modality.config
     with initial_weights(config.seed, "init"):
-        transformer, encoder = _transformer(modality), modality.feature_encoder()
-        try:
-            return Data2Vec(
-                encoder,
-                transformer,
-                modality.predictor(),
-                TopKTargets(config.target),
-                RegressionLoss(config.loss),
-                modality.teacher_parts(),
-            )
-        except ValueError as error:
-            raise UserError(f"This configuration cannot work: {error}") from error
+        transformer = _transformer(modality)
+        return Data2Vec(
+            modality.feature_encoder(),
+            transformer,
+            modality.predictor(),
+            TopKTargets(config.target),
+            RegressionLoss(config.loss),
+            modality.teacher_parts(),
+        )
 
 
 def build_student(modality: Modality[Any]) -> Student:
@@ -50,10 +47,16 @@ def build_student(modality: Modality[Any]) -> Student:
 
 @contextmanager
 def initial_weights(seed: int, purpose: str) -> Generator[None]:
-    """Inside, torch draws from a generator of this seed and purpose; afterwards it goes on as before."""
+    """Inside, torch draws from a generator of this seed and purpose; afterwards it goes on as before.
+
+    What the parts find wrong with their configuration becomes a UserError.
+    """
     with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         torch.default_generator.manual_seed(seed_of(seed, purpose))
-        yield
+        try:
+            yield
+        except ValueError as error:
+            raise UserError(f"This configuration cannot work: {error}") from error
 
 
 def _transformer(modality: Modality[Any]) -> Transformer:
