@@ -78,6 +78,11 @@ class LossConfig:
     scale: str = opt(
         "inverse_sqrt", "Factor of the sum over channels: inverse_sqrt = 1/sqrt(D), mean = 1/D, sum = 1, or a number."
     )
+    cls_weight: float = opt(
+        0.0,
+        "Weight of a second regression, the mean over rows of what the token in front misses of its sample's mean "
+        "target; 0 = none. With official_quirks a sum over the rows of a micro-batch, so that it grows with them.",
+    )
 
 
 @dataclass
@@ -125,6 +130,7 @@ class TrainConfig:
     """The loop."""
 
     max_steps: int = opt(1000, "Optimizer updates.")
+    num_masks: int = opt(1, "Masked copies of each sample in a step; the teacher runs once for all of them.")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA where there is a device.")
     precision: Literal["fp32", "bf16", "fp16"] = opt("fp32", "Autocast type; weights, teacher and loss stay float32.")
     compile: bool = opt(False, "torch.compile the transformer blocks.")
@@ -151,6 +157,8 @@ KEYS: Mapping[str, tuple[Any, str]] = {
     "preset": ("tiny", "Recipe of the modality: sizes and hyper-parameters."),
     "stage": ("pretrain", "What to do."),
     "encoder": ("", "Feature encoder; empty = the recipe's."),
+    "method": ("", "data2vec or data2vec2 where the modality has it; empty = the recipe's."),
+    "official_quirks": (False, "Reproduce what data2vec 2.0's official code does by mistake; for comparison."),
     "from": (None, "Run folder whose weights this run starts from, on new data; null = from scratch."),
     "out": (None, "Run folder; null = a new one under runs/."),
     "seed": (0, "Of every random choice."),
@@ -168,6 +176,8 @@ class RunConfig:
     preset: str
     stage: str
     encoder: str
+    method: str
+    official_quirks: bool
     from_run: str | None
     out: str | None
     seed: int
@@ -318,6 +328,7 @@ def check(config: RunConfig) -> RunConfig:
         above(f"model.{key}", getattr(model, key))
     within("target.top_k_layers", target.top_k_layers, 1, model.num_layers)
     at_least("loss.beta", config.loss.beta, 0.0)
+    at_least("loss.cls_weight", config.loss.cls_weight, 0.0)
     if config.loss.scale not in ("inverse_sqrt", "mean", "sum"):
         try:
             float(config.loss.scale)
@@ -338,7 +349,7 @@ def check(config: RunConfig) -> RunConfig:
             problems.append("optim.final_lr_ratio must be above 0 for tri_stage, whose last phase is exponential")
     if optim.clip_grad_norm is not None and optim.clip_grad_norm <= 0:
         problems.append(f"optim.clip_grad_norm={optim.clip_grad_norm} must be above 0; null = no clipping")
-    for key in ("max_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+    for key in ("max_steps", "num_masks", "log_every", "checkpoint_every", "keep_checkpoints"):
         at_least(f"train.{key}", getattr(train, key), 1)
     for key in ("num_threads", "num_workers"):
         at_least(f"train.{key}", getattr(train, key), 0)
@@ -374,11 +385,22 @@ def _merge(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    own = dict(modality.sections(encoder or values["encoder"]))
+    encoder = encoder or values["encoder"]
+    method = values.get("method") or str(base.get("method") or modality.methods[0])
+    if method not in modality.methods:
+        raise UserError(
+            f"method={method!r} is not one of {modality.name}'s: {', '.join(modality.methods)}."
+            f"{_hint(method, modality.methods)}"
+        )
+    values = {**values, "method": method}
+    own = dict(
+        modality.sections(encoder) if method == modality.methods[0] else modality.method_sections(encoder, method)
+    )
     clash = own.keys() & (CORE_SECTIONS.keys() | KEYS.keys())
     if clash:
         raise TypeError(f"modality {modality.name!r} declares sections that the core has: {sorted(clash)}")
-    types = {"modality": str, "preset": str, "stage": str, "encoder": str, "resume": str, "seed": int}
+    types = {"modality": str, "preset": str, "stage": str, "encoder": str, "method": str, "official_quirks": bool,
+             "resume": str, "seed": int}  # fmt: skip
     # `from` is a Python keyword and cannot be a field, so it is from_run inside and `from` wherever a user sees it.
     fields: list[tuple[str, Any, Any]] = [
         ("from_run" if key == "from" else key, types.get(key, str | None), field(default=default))

@@ -41,10 +41,13 @@ class Layout:
     shape: (T,) for a sequence, (rows, columns) for a plane, (frames, rows, columns) for a moving one; flattened
         row-major.
     maskable: (T,) bool, True where a token may be hidden; None = everywhere.
+    num_uncropped: how many tokens the sample had before it was cropped, where the modality says; only what reproduces
+        the official code asks.
     """
 
     shape: tuple[int, ...]
     maskable: np.ndarray | None = None
+    num_uncropped: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -267,12 +270,13 @@ class Modality(ABC, Generic[SampleT]):
     """One kind of data. Made from a run's configuration; its class methods answer before there is one.
 
     name: as the user types it. unit: what `Batch.amount` counts, for display ("s of sound", "lines").
-    encoders: names accepted as `encoder=...`, the first is the default.
+    encoders: names accepted as `encoder=...`, the first is the default. methods: names accepted as `method=...`.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
     encoders: ClassVar[tuple[str, ...]]
+    methods: ClassVar[tuple[str, ...]] = ("data2vec",)
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -281,6 +285,12 @@ class Modality(ABC, Generic[SampleT]):
     @abstractmethod
     def sections(cls, encoder: str) -> Mapping[str, type]:
         """Configuration sections that this modality adds, by name: dataclasses with a default for every field."""
+
+    @classmethod
+    def method_sections(cls, encoder: str, method: str) -> Mapping[str, type]:
+        """As `sections`, where `method` is not the first of `methods`."""
+        del method
+        return cls.sections(encoder)
 
     @classmethod
     @abstractmethod

@@ -179,8 +179,8 @@ class Trainer:
         """True when max_steps is reached, False when a signal asked to stop."""
         config, train, progress = self.config, self.config.train, self.progress
         loader = StepLoader(
-            self.modality, dataset, seed=config.seed, num_workers=train.num_workers, epoch=progress.epoch,
-            step=progress.epoch_step, pin_memory=self.device.type == "cuda",
+            self.modality, dataset, seed=config.seed, num_copies=train.num_masks, num_workers=train.num_workers,
+            epoch=progress.epoch, step=progress.epoch_step, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         metrics_file = MetricsFile(self.out / "metrics.jsonl", progress.step)
         writers = [metrics_file, *([TensorBoard(self.out / "tensorboard", progress.step)] if train.tensorboard else [])]
