@@ -25,6 +25,7 @@ from d2v_core.errors import UserError
 from d2v_core.official2 import Names
 from d2v_core.run import build_model, load_model_state, model_state
 from d2v_core.visible import PrenetConfig
+from d2v_vision import official2 as image_names
 
 from .compare import ACTIVATION, EMA, EXACT, GRADIENT, LOSS, Comparison, Limit
 from .finder import Fixture
@@ -56,8 +57,23 @@ def audio_inputs(c: Comparison, modality: Modality[Any]) -> Mapping[str, Tensor]
     return inputs
 
 
+def image_inputs(c: Comparison, modality: Modality[Any]) -> Mapping[str, Tensor]:
+    return {"image": c.take("input.source")}  # normalised as it was recorded
+
+
+def image_constants(model: Data2Vec) -> Mapping[str, Tensor]:
+    encoder: Any = model.student.encoder
+    return {image_names.POSITIONS: encoder.positions.unsqueeze(0)}
+
+
 FORMS: dict[str, Form] = {
     "AUDIO": Form(lambda fixture: audio_names.config_from_official(fixture.config), audio_names.names, audio_inputs),
+    "IMAGE": Form(
+        lambda fixture: image_names.config_from_official(fixture.config),
+        image_names.names,
+        image_inputs,
+        image_constants,
+    ),
 }
 
 
@@ -170,7 +186,7 @@ def check_single_step(fixture: Fixture, changes: Mapping[str, str] | None = None
         mean = mean_of_tokens(everywhere, tokens.padding_mask).repeat_interleave(config.train.num_masks, 0)
         c.tensor("cls.pred", in_front, ACTIVATION)
         c.tensor("cls.target", mean, ACTIVATION)
-        losses["cls"] = out.loss_sum - scored_only
+        losses["cls"] = model.loss.of_rows(in_front, mean, out.num_scored)
     c.tensors("loss.", losses, LOSS)
     scalars = meta["scalars"]
     for name, ours, limit in (
