@@ -43,11 +43,19 @@ class Names:
     """The map between both names. kind: the modality's name in the official module dictionary.
 
     own: rows of the front end, relative to the modality's module. alibi_layers, num_projections: of the configuration.
-    teacher: where the official teacher begins, "" = the whole model, "blocks." = the shared blocks alone.
+    teacher: where the official teacher begins, "" = the whole model, "blocks." = the shared blocks alone. ours_alone:
+    tensors that the official files do not have, by our name, and what stands for them where such a file is read.
     """
 
     def __init__(
-        self, kind: str, own: Iterable[Row], *, alibi_layers: int = 1, num_projections: int = 1, teacher: str = ""
+        self,
+        kind: str,
+        own: Iterable[Row],
+        *,
+        alibi_layers: int = 1,
+        num_projections: int = 1,
+        teacher: str = "",
+        ours_alone: Mapping[str, Tensor] | None = None,
     ) -> None:
         home = f"modality_encoders.{kind}."
         rows = [Row(f"blocks.#.{theirs}", f"student.transformer.blocks.#.{ours}") for theirs, ours in _BLOCK]
@@ -64,7 +72,7 @@ class Names:
             else Row(f"{home}decoder.proj.#.", "predictor.projections.#.", factor=2),
         ]
         self.rows = [*rows, *(row._replace(official=home + row.official) for row in own)]
-        self.kind, self.teacher = kind, teacher
+        self.kind, self.teacher, self.ours_alone = kind, teacher, ours_alone or {}
 
     def _translate(self, name: str, to_d2v: bool) -> tuple[str, Row] | None:
         for row in self.rows:
@@ -88,7 +96,7 @@ class Names:
         """fairseq's `model` entry as the state that `d2v_core.run.load_model_state` takes; the nested teacher and the
         names in `leave_out` are passed over. Raises UserError naming what is not known. Shapes are checked where the
         state is loaded."""
-        out: dict[str, Tensor] = {}
+        out = dict(self.ours_alone)
         unknown: list[str] = []
         for name, tensor in state.items():
             if name == TEACHER or name in leave_out:
@@ -110,6 +118,8 @@ class Names:
         out: dict[str, Tensor] = {}
         for name, tensor in state.items():
             found = self._translate(name, False)
+            if name in self.ours_alone:
+                continue
             if found is None:
                 raise UserError(f"{name} has no counterpart in the official code.")
             out[found[0]] = tensor if found[1].shape is None else tensor.reshape(found[1].shape)

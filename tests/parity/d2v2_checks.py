@@ -23,8 +23,9 @@ from d2v_core.data2vec import Data2Vec, channel_std, mean_of_tokens
 from d2v_core.decoder import ConvDecoder, DecoderConfig
 from d2v_core.errors import UserError
 from d2v_core.official2 import Names
-from d2v_core.run import build_model, load_model_state, model_state
+from d2v_core.run import build_model, load_model_state
 from d2v_core.visible import PrenetConfig
+from d2v_text import official2 as text_names
 from d2v_vision import official2 as image_names
 
 from .compare import ACTIVATION, EMA, EXACT, GRADIENT, LOSS, Comparison, Limit
@@ -66,8 +67,25 @@ def image_constants(model: Data2Vec) -> Mapping[str, Tensor]:
     return {image_names.POSITIONS: encoder.positions.unsqueeze(0)}
 
 
+def text_inputs(c: Comparison, modality: Modality[Any]) -> Mapping[str, Tensor]:
+    ids, padding = c.take("input.source"), c.take("input.padding_mask").bool()
+    inputs = modality.collate([row[~pad].numpy() for row, pad in zip(ids, padding, strict=True)])
+    _compare_padding(c, "input.padding_mask", inputs.get("padding_mask"))
+    c.tensor("input.source", inputs["ids"], EXACT)
+    return inputs
+
+
+def _vocab_size(fixture: Fixture) -> int:
+    return len(fixture.tensors["student.modality_encoders.TEXT.local_encoder.embed_tokens.weight"])
+
+
 FORMS: dict[str, Form] = {
     "AUDIO": Form(lambda fixture: audio_names.config_from_official(fixture.config), audio_names.names, audio_inputs),
+    "TEXT": Form(
+        lambda fixture: text_names.config_from_official(fixture.config, vocab_size=_vocab_size(fixture)),
+        text_names.names,
+        text_inputs,
+    ),
     "IMAGE": Form(
         lambda fixture: image_names.config_from_official(fixture.config),
         image_names.names,
@@ -102,8 +120,7 @@ class Setup:
             c.tensor(layout.teacher + name, ours, ACTIVATION)
             c.tensor(layout.teacher_after + name, ours, ACTIVATION)
         student = self.names.from_official(c.take_all(layout.student), tuple(self.constants))
-        buffers = {name: tensor for name, tensor in model_state(self.model).items() if name.endswith("fingerprint")}
-        load_model_state(self.model, {**student, **buffers}, c.fixture.id)
+        load_model_state(self.model, student, c.fixture.id)
         self.model.update_teacher(0.0)  # equal to the student, as a new teacher is
         teacher = self.names.teacher_from_official(c.take_all(layout.teacher), tuple(self.constants))
         try:
