@@ -23,7 +23,7 @@ from d2v_core.data2vec import Data2Vec, channel_std, mean_of_tokens
 from d2v_core.decoder import ConvDecoder, DecoderConfig
 from d2v_core.errors import UserError
 from d2v_core.official2 import Names
-from d2v_core.run import build_model, load_model_state
+from d2v_core.run import build_model, load_model_state, model_state
 from d2v_core.visible import PrenetConfig
 from d2v_text import official2 as text_names
 from d2v_vision import official2 as image_names
@@ -307,3 +307,28 @@ def _compare_teacher(c: Comparison, setup: Setup) -> None:
         c.fail(after + name, "owned by our teacher only")
     for name in recorded - setup.constants.keys():
         c.tensor(after + name, ours.get(name), EMA)
+
+
+def check_initialisation(fixture: Fixture) -> Comparison:
+    """Mean, spread and reach of every freshly made weight against the official ones."""
+    c, form = Comparison(fixture), form_of(fixture)
+    config, kind = load_config(form.words(fixture))
+    model = build_model(kind(config))
+    ours = {**form.names(config).to_official(model_state(model)), **form.constants(model)}
+    for name in ours.keys() ^ fixture.meta["init_stats"].keys():
+        c.fail(f"init {name}", "a weight of one side only")
+    for name, recorded in fixture.meta["init_stats"].items():
+        tensor = ours.get(name)
+        if tensor is None or list(tensor.shape) != recorded["shape"]:
+            c.fail(f"init {name}", f"shape {None if tensor is None else list(tensor.shape)}, not {recorded['shape']}")
+            continue
+        # Two independent samples of this many values: five standard errors of their difference.
+        error = 5 * recorded["std"] * (2 / tensor.numel()) ** 0.5
+        c.number(f"init mean {name}", tensor.mean(), recorded["mean"], Limit(absolute=error + 1e-6))
+        if tensor.numel() > 1:
+            c.number(f"init std {name}", tensor.std(), recorded["std"], Limit(absolute=error + 1e-6))
+        if tensor.numel() >= 500 and recorded["std"] > 0:  # uniform ends at 1.7 standard deviations, normal beyond 2.5
+            normal = recorded["max"] > 2.2 * recorded["std"]
+            if bool(tensor.max() > 2.2 * tensor.std()) != normal:
+                c.fail(f"init of {name}", f"should be {'normal' if normal else 'uniform'}")
+    return c

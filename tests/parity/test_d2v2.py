@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from . import d2v2_checks, d2v2_mask_checks
-from .compare import Comparison
+from .compare import Comparison, ParityError
 from .finder import RECORDED, Fixture, find, parameters, root_of
 
 CHECKS = {"single_step": d2v2_checks.check_single_step, "mask_statistics": d2v2_mask_checks.check_mask_statistics}
@@ -23,6 +23,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_parity(fixture: Fixture, keep: list[Comparison]) -> None:
     assert fixture.kind in CHECKS, f"{fixture.path.name} is of kind {fixture.kind!r}, which nothing checks"
     keep.append(CHECKS[fixture.kind](fixture))
+
+
+def test_initialisation(fixture: Fixture) -> None:
+    if fixture.kind != "single_step":
+        pytest.skip("masks have no weights")
+    comparison = d2v2_checks.check_initialisation(fixture)
+    if comparison.failures:
+        raise ParityError(fixture, comparison.failures)
 
 
 def test_enough_is_found(pytestconfig: pytest.Config) -> None:
