@@ -86,7 +86,7 @@ class Masks(_Movable):
     fill: (B, M, T) int64 in a code of the modality's own, what stands at a hidden place; None = its mask token. What it
         holds elsewhere is the modality's own affair.
     visible: (B, M, V) int64, the places of the tokens that the student encodes; None = all T with the hidden ones
-        replaced. Every row keeps the same number V.
+        replaced. Every row keeps the same number V; one with fewer visible tokens is filled up with padding.
     """
 
     hidden: Tensor

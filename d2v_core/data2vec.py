@@ -3,6 +3,9 @@
 data2vec (Baevski, Hsu, Xu, Babu, Gu, Auli, 2022, arXiv:2202.03555): a student sees an input of which part is hidden,
 and regresses at the hidden places what its own moving average computes from the whole input, averaged over the top K
 layers. Nothing below knows what kind of input it is.
+
+data2vec 2.0 (Baevski, Babu, Hsu, Auli, 2022, arXiv:2212.07525) is the same page: `masks` then has several copies of
+each sample, for one pass of the teacher; the encoder gives the student visible tokens only; the predictor is a decoder.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_core.contract import FeatureEncoder, Masks, Part, Predictor, Tokens
+from d2v_core.errors import UserError
 from d2v_core.kernels import Linear
 from d2v_core.loss import RegressionLoss
 from d2v_core.targets import TopKTargets
@@ -94,6 +98,8 @@ class Data2Vec(nn.Module):
         prediction = self.predictor(replace(view, x=encoded.x), masks)
         loss_sum = self.loss(prediction, target)
         if self.loss.cls_weight:  # 2.0: the token in front regresses the mean of its sample's targets
+            if not view.num_extra:
+                raise UserError(f"loss.cls_weight={self.loss.cls_weight}, but this encoder puts no token in front.")
             mean = mean_of_tokens(everywhere, tokens.padding_mask).repeat_interleave(masks.num_copies, 0)
             loss_sum = loss_sum + self.loss.of_rows(encoded.x[:, 0], mean, len(target))
         return Data2VecOutput(

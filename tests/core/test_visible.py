@@ -278,6 +278,18 @@ def test_the_token_in_front_regresses_the_mean_of_its_sample(sum_rows: bool):
     assert net.student.encoder.cls.grad is not None
 
 
+def test_it_needs_a_token_in_front():
+    class Without(InFront):
+        def view(self, tokens, masks):
+            seen = super().view(tokens, masks)
+            return dataclasses.replace(seen, x=seen.x[:, 1:], num_extra=0)
+
+    net = in_front(False)
+    net.student.encoder.__class__ = net.teacher.module.encoder.__class__ = Without
+    with pytest.raises(UserError, match=r"loss\.cls_weight=0\.5, but this encoder puts no token in front"):
+        net({"x": torch.randn(1, 4, 3)}, masks_of(".x.x"))
+
+
 def test_its_weight_does_not_depend_on_how_a_batch_is_dealt_out():
     x, masks = torch.randn(4, 6, 3), masks_of(".x.x.x", "..xx.x", "x.x.x.", "xxx...")
     halves = [Masks.of(masks.hidden[i : i + 2], visible=masks.visible[i : i + 2]) for i in (0, 2)]
