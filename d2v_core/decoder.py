@@ -63,6 +63,8 @@ class ConvDecoder(Predictor):
     def __init__(self, config: DecoderConfig, embed_dim: int, num_axes: int, leaky_padding: bool = False) -> None:
         """num_axes: of the grid, 1 or 2. Everything keeps PyTorch's initial weights."""
         super().__init__()
+        if num_axes not in (1, 2):
+            raise ValueError(f"a decoder of {num_axes} axes: there are convolutions of one and of two")
         for key in ("dim", "layers", "kernel", "groups", "projection_layers"):
             if getattr(config, key) < 1:
                 raise ValueError(f"decoder.{key}={getattr(config, key)} must be at least 1")

@@ -228,6 +228,8 @@ def test_padding_cannot_change_a_valid_token(leaky: bool, monkeypatch: pytest.Mo
 def test_decoder_options_that_cannot_work(options, message):
     with pytest.raises(ValueError, match=message):
         decoder(**options)
+    with pytest.raises(ValueError, match="a decoder of 3 axes"):
+        decoder(3)
 
 
 # ------------------------------------------------------------------------------------------ the token in front
