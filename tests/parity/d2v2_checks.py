@@ -18,10 +18,11 @@ from d2v_audio import official2 as audio_names
 from d2v_audio.data import AudioSample
 from d2v_core import schedules
 from d2v_core.config import RunConfig, load_config, parse_arguments
-from d2v_core.contract import Masks, Modality, Tokens
+from d2v_core.contract import Layout, Masks, Modality, Tokens
 from d2v_core.data2vec import Data2Vec, channel_std, mean_of_tokens
 from d2v_core.decoder import ConvDecoder, DecoderConfig
 from d2v_core.errors import UserError
+from d2v_core.keyed import generator
 from d2v_core.official2 import Names
 from d2v_core.run import build_model, load_model_state, model_state
 from d2v_core.visible import PrenetConfig
@@ -205,6 +206,13 @@ def check_single_step(fixture: Fixture, changes: Mapping[str, str] | None = None
         c.tensor("cls.target", mean, ACTIVATION)
         losses["cls"] = model.loss.of_rows(in_front, mean, out.num_scored)
     c.tensors("loss.", losses, LOSS)
+    if kind_of(fixture) != "AUDIO" or "input.precomputed_mask" in names:  # else another kind of mask was recorded
+        rngs = [generator(0, "mask", i) for i in range(len(everywhere))]
+        drawn = modality.masking()([Layout(tokens.grid)] * len(rngs), masks.num_copies, rngs)
+        for counts, whose in ((drawn.hidden.sum(-1), "drawn"), (masks.hidden.sum(-1), "recorded")):
+            if len(counts.unique()) > 1:
+                c.fail("mask", f"rows of the {whose} mask hide different numbers of tokens")
+        c.number("hidden tokens in a row", drawn.hidden[0, 0].sum(), int(masks.hidden[0, 0].sum()), EXACT)
     scalars = meta["scalars"]
     for name, ours, limit in (
         ("loss_total_sum", out.loss_sum, LOSS),
