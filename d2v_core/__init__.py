@@ -28,15 +28,17 @@ if TYPE_CHECKING:
         Tokens,
     )
     from d2v_core.data2vec import Data2Vec, LinearPredictor
+    from d2v_core.decoder import ConvDecoder
     from d2v_core.errors import UserError
     from d2v_core.finetune import load_classifier
     from d2v_core.loss import RegressionLoss
-    from d2v_core.masking import SpanMasking, span_mask
+    from d2v_core.masking import BlockMasking, SpanMasking, span_mask
     from d2v_core.positions import ConvPositions
     from d2v_core.run import load
     from d2v_core.targets import TopKTargets
     from d2v_core.teacher import EMATeacher
     from d2v_core.transformer import Transformer
+    from d2v_core.visible import Alibi, Prenet
 
 _HOME = {
     "BadSample": "contract",
@@ -54,8 +56,10 @@ _HOME = {
     "Tokens": "contract",
     "Data2Vec": "data2vec",
     "LinearPredictor": "data2vec",
+    "ConvDecoder": "decoder",
     "UserError": "errors",
     "RegressionLoss": "loss",
+    "BlockMasking": "masking",
     "SpanMasking": "masking",
     "span_mask": "masking",
     "ConvPositions": "positions",
@@ -64,12 +68,17 @@ _HOME = {
     "TopKTargets": "targets",
     "EMATeacher": "teacher",
     "Transformer": "transformer",
+    "Alibi": "visible",
+    "Prenet": "visible",
 }
 
 __all__ = [
+    "Alibi",
     "BadSample",
     "Batch",
     "Batching",
+    "BlockMasking",
+    "ConvDecoder",
     "ConvPositions",
     "Data2Vec",
     "Dataset",
@@ -81,6 +90,7 @@ __all__ = [
     "Masks",
     "Modality",
     "Predictor",
+    "Prenet",
     "ProbeTask",
     "RegressionLoss",
     "SpanMasking",

@@ -78,6 +78,11 @@ class LossConfig:
     scale: str = opt(
         "inverse_sqrt", "Factor of the sum over channels: inverse_sqrt = 1/sqrt(D), mean = 1/D, sum = 1, or a number."
     )
+    cls_weight: float = opt(
+        0.0,
+        "Weight of a second regression, the mean over rows of what the token in front misses of its sample's mean "
+        "target; 0 = none. With official_quirks a sum over the rows of a micro-batch, so that it grows with them.",
+    )
 
 
 @dataclass
@@ -125,6 +130,7 @@ class TrainConfig:
     """The loop."""
 
     max_steps: int = opt(1000, "Optimizer updates.")
+    num_masks: int = opt(1, "Masked copies of each sample in a step; the teacher runs once for all of them.")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA where there is a device.")
     precision: Literal["fp32", "bf16", "fp16"] = opt("fp32", "Autocast type; weights, teacher and loss stay float32.")
     compile: bool = opt(False, "torch.compile the transformer blocks.")
@@ -188,6 +194,8 @@ KEYS: Mapping[str, tuple[Any, str]] = {
         "pretrain; finetune = train the network of `from` on a labelled task; probe = score its frozen features on it.",
     ),
     "encoder": ("", "Feature encoder; empty = the recipe's."),
+    "method": ("", "data2vec or data2vec2 where the modality has it; empty = the recipe's."),
+    "official_quirks": (False, "Reproduce what data2vec 2.0's official code does by mistake; for comparison."),
     "from": (None, "Run folder whose weights this run starts from, on new data; null = from scratch."),
     "labels": (None, "How many labelled samples to train on: 500, or 10%, spread evenly over classes; null = all."),
     "out": (None, "Run folder; null = a new one under runs/."),
@@ -207,6 +215,8 @@ class RunConfig:
     preset: str
     stage: str
     encoder: str
+    method: str
+    official_quirks: bool
     from_run: str | None
     labels: str | None
     out: str | None
@@ -335,7 +345,7 @@ def _on_top_of(stored: Mapping[str, Any], recipe: Mapping[str, Any], kept: Seque
     kept: the core's sections that are carried over beside the modality's. What the run trained on and what it was
     called is not.
     """
-    dropped = {*KEYS, *(name for name in CORE_SECTIONS if name not in kept)} - {"encoder"}
+    dropped = {*KEYS, *(name for name in CORE_SECTIONS if name not in kept)} - {"encoder", "method", "official_quirks"}
     result: dict[str, Any] = {key: value for key, value in stored.items() if key not in dropped}
     data = result.get("data")
     if isinstance(data, dict):
@@ -403,6 +413,7 @@ def check(config: RunConfig) -> RunConfig:
     if "target" in STAGES[config.stage]:
         within("target.top_k_layers", target.top_k_layers, 1, model.num_layers)
     at_least("loss.beta", config.loss.beta, 0.0)
+    at_least("loss.cls_weight", config.loss.cls_weight, 0.0)
     if config.loss.scale not in ("inverse_sqrt", "mean", "sum"):
         try:
             float(config.loss.scale)
@@ -423,7 +434,7 @@ def check(config: RunConfig) -> RunConfig:
             problems.append("optim.final_lr_ratio must be above 0 for tri_stage, whose last phase is exponential")
     if optim.clip_grad_norm is not None and optim.clip_grad_norm <= 0:
         problems.append(f"optim.clip_grad_norm={optim.clip_grad_norm} must be above 0; null = no clipping")
-    for key in ("max_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+    for key in ("max_steps", "num_masks", "log_every", "checkpoint_every", "keep_checkpoints"):
         at_least(f"train.{key}", getattr(train, key), 1)
     for key in ("num_threads", "num_workers"):
         at_least(f"train.{key}", getattr(train, key), 0)
@@ -486,7 +497,17 @@ def _merge(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    own = dict(modality.sections(encoder or values["encoder"]))
+    encoder = encoder or values["encoder"]
+    method = values.get("method") or str(base.get("method") or modality.methods[0])
+    if method not in modality.methods:
+        raise UserError(
+            f"method={method!r} is not one of {modality.name}'s: {', '.join(modality.methods)}."
+            f"{_hint(method, modality.methods)}"
+        )
+    values = {**values, "method": method}
+    own = dict(
+        modality.sections(encoder) if method == modality.methods[0] else modality.method_sections(encoder, method)
+    )
     if stage != "pretrain":
         own.update(modality.task_sections())
     for key in values:
@@ -496,7 +517,8 @@ def _merge(
     clash = own.keys() & (CORE_SECTIONS.keys() | KEYS.keys())
     if clash:
         raise TypeError(f"modality {modality.name!r} declares sections that the core has: {sorted(clash)}")
-    types = {"modality": str, "preset": str, "stage": str, "encoder": str, "resume": str, "seed": int}
+    types = {"modality": str, "preset": str, "stage": str, "encoder": str, "method": str, "official_quirks": bool,
+             "resume": str, "seed": int}  # fmt: skip
     # `from` is a Python keyword and cannot be a field, so it is from_run inside and `from` wherever a user sees it.
     fields: list[tuple[str, Any, Any]] = [
         ("from_run" if key == "from" else key, types.get(key, str | None), field(default=default))

@@ -43,10 +43,13 @@ class Layout:
     shape: (T,) for a sequence, (rows, columns) for a plane, (frames, rows, columns) for a moving one; flattened
         row-major.
     maskable: (T,) bool, True where a token may be hidden; None = everywhere.
+    num_uncropped: how many tokens the sample had before it was cropped, where the modality says; only what reproduces
+        the official code asks.
     """
 
     shape: tuple[int, ...]
     maskable: np.ndarray | None = None
+    num_uncropped: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -85,7 +88,7 @@ class Masks(_Movable):
     fill: (B, M, T) int64 in a code of the modality's own, what stands at a hidden place; None = its mask token. What it
         holds elsewhere is the modality's own affair.
     visible: (B, M, V) int64, the places of the tokens that the student encodes; None = all T with the hidden ones
-        replaced. Every row keeps the same number V.
+        replaced. Every row keeps the same number V; one with fewer visible tokens is filled up with padding.
     """
 
     hidden: Tensor
@@ -309,12 +312,13 @@ class Modality(ABC, Generic[SampleT]):
     """One kind of data. Made from a run's configuration; its class methods answer before there is one.
 
     name: as the user types it. unit: what `Batch.amount` counts, for display ("s of sound", "lines").
-    encoders: names accepted as `encoder=...`, the first is the default.
+    encoders: names accepted as `encoder=...`, the first is the default. methods: names accepted as `method=...`.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
     encoders: ClassVar[tuple[str, ...]]
+    methods: ClassVar[tuple[str, ...]] = ("data2vec",)
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -328,6 +332,12 @@ class Modality(ABC, Generic[SampleT]):
     def task_sections(cls) -> Mapping[str, type]:
         """Further sections for the stages that read labelled data."""
         return {}
+
+    @classmethod
+    def method_sections(cls, encoder: str, method: str) -> Mapping[str, type]:
+        """As `sections`, where `method` is not the first of `methods`."""
+        del method
+        return cls.sections(encoder)
 
     @classmethod
     @abstractmethod

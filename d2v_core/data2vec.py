@@ -3,17 +3,21 @@
 data2vec (Baevski, Hsu, Xu, Babu, Gu, Auli, 2022, arXiv:2202.03555): a student sees an input of which part is hidden,
 and regresses at the hidden places what its own moving average computes from the whole input, averaged over the top K
 layers. Nothing below knows what kind of input it is.
+
+data2vec 2.0 (Baevski, Babu, Hsu, Auli, 2022, arXiv:2212.07525) is the same page: `masks` then has several copies of
+each sample, for one pass of the teacher; the encoder gives the student visible tokens only; the predictor is a decoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from d2v_core.contract import FeatureEncoder, Masks, Part, Predictor, Tokens
+from d2v_core.errors import UserError
 from d2v_core.kernels import Linear
 from d2v_core.loss import RegressionLoss
 from d2v_core.targets import TopKTargets
@@ -88,14 +92,18 @@ class Data2Vec(nn.Module):
         self, inputs: Mapping[str, Tensor], masks: Masks, teacher_inputs: Mapping[str, Tensor] | None = None
     ) -> Data2VecOutput:
         tokens = self.student.encoder.embed(inputs)
-        target = self.target(
-            tokens, inputs if teacher_inputs is None else teacher_inputs, masks, teacher_inputs is None
-        )
+        everywhere = self.teach(tokens, inputs if teacher_inputs is None else teacher_inputs, teacher_inputs is None)
+        target = at_scored(everywhere, masks)
         view, encoded = self.student(tokens, masks)
-        seen = Tokens(encoded.x, view.padding_mask, view.grid, view.num_extra, view.index)
-        prediction = self.predictor(seen, masks)
+        prediction = self.predictor(replace(view, x=encoded.x), masks)
+        loss_sum = self.loss(prediction, target)
+        if self.loss.cls_weight:  # 2.0: the token in front regresses the mean of its sample's targets
+            if not view.num_extra:
+                raise UserError(f"loss.cls_weight={self.loss.cls_weight}, but this encoder puts no token in front.")
+            mean = mean_of_tokens(everywhere, tokens.padding_mask).repeat_interleave(masks.num_copies, 0)
+            loss_sum = loss_sum + self.loss.of_rows(encoded.x[:, 0], mean, len(target))
         return Data2VecOutput(
-            loss_sum=self.loss(prediction, target),
+            loss_sum=loss_sum,
             num_scored=len(target),
             prediction=prediction,
             target=target,
@@ -103,9 +111,13 @@ class Data2Vec(nn.Module):
             target_std=channel_std(target),
         )
 
-    @torch.no_grad()
     def target(self, tokens: Tokens, inputs: Mapping[str, Tensor], masks: Masks, same_inputs: bool = True) -> Tensor:
-        """What the teacher makes of the whole input, at the scored places: (N, D) float32.
+        """What the teacher makes of the whole input, at the scored places: (N, D) float32."""
+        return at_scored(self.teach(tokens, inputs, same_inputs), masks)
+
+    @torch.no_grad()
+    def teach(self, tokens: Tokens, inputs: Mapping[str, Tensor], same_inputs: bool = True) -> Tensor:
+        """The target at every place, (B, T, D) float32: once per sample, however many masked copies of it there are.
 
         Where the teacher shares the embedding and its input, it is given the student's tokens: the expensive front end
         then runs once.
@@ -115,13 +127,32 @@ class Data2Vec(nn.Module):
         if not (same_inputs and self.teacher.shares("encoder.embedding")):
             tokens = teacher.encoder.embed(inputs)
         view, encoded = teacher(tokens, None, taps=True)
-        target = self.targets(encoded, view.padding_mask, view.num_extra)  # (B, T, D)
-        num_tokens, copies = target.shape[1], masks.num_copies
-        row = masks.scored_rows // (copies * num_tokens) * num_tokens + masks.scored_rows % num_tokens
-        return target.flatten(0, 1)[row]
+        return self.targets(encoded, view.padding_mask, view.num_extra)
 
     def update_teacher(self, decay: float) -> None:
         self.teacher.update(self.student, decay)
+
+
+def at_scored(everywhere: Tensor, masks: Masks) -> Tensor:
+    """(B, T, D) of whole samples -> (N, D) in the order of scored_rows, which count the places of all copies."""
+    num_tokens = everywhere.shape[1]
+    sample = masks.scored_rows // (masks.num_copies * num_tokens)
+    return everywhere.flatten(0, 1)[sample * num_tokens + masks.scored_rows % num_tokens]
+
+
+def mean_of_tokens(x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """(B, T, D), (B, T) -> (B, D), padding left out."""
+    if padding_mask is None:
+        return x.mean(1)
+    keep = ~padding_mask.unsqueeze(-1)
+    return (x * keep).sum(1) / keep.sum(1)
+
+
+def mean_of_valid(tokens: Tokens) -> Tensor:
+    """(B, E + T, D) -> (B, D): the mean of what is neither an extra token nor padding."""
+    padding_mask = tokens.padding_mask
+    valid = None if padding_mask is None else padding_mask[:, tokens.num_extra :]
+    return mean_of_tokens(tokens.x[:, tokens.num_extra :], valid)
 
 
 @torch.no_grad()

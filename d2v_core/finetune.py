@@ -21,12 +21,11 @@ from d2v_core import checkpoint, run
 from d2v_core.batching import LabelledSteps, labelled_batches
 from d2v_core.config import FinetuneConfig, ModelConfig, RunConfig
 from d2v_core.contract import Batch, LabelledPart, Modality, Tokens
-from d2v_core.data2vec import Student
+from d2v_core.data2vec import Student, mean_of_valid
 from d2v_core.errors import UserError
 from d2v_core.labelled import Split, ids, open_task
 from d2v_core.loop import Loop, OptimizerStep
 from d2v_core.metrics import MetricsFile, write_json
-from d2v_core.probe import mean_of_tokens
 from d2v_core.scores import score_all
 
 TASK_FILE = "task.json"
@@ -51,7 +50,7 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """tokens.x (B, E + T, D) -> (B, C)."""
-        x = tokens.x[:, 0] if self.pool == "first" else mean_of_tokens(tokens)
+        x = tokens.x[:, 0] if self.pool == "first" else mean_of_valid(tokens)
         if self.norm is not None:
             x = self.norm(x)
         if self.hidden is not None:

@@ -1,7 +1,11 @@
-"""Span masks for one-dimensional sequences (fairseq: fairseq/data/data_utils.py, `compute_mask_indices`)."""
+"""Spans for one-dimensional sequences (1.0), blocks on grids of any number of axes (2.0).
+
+Source: fairseq/data/data_utils.py, `compute_mask_indices` and `compute_block_mask_1d` and `_2d`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,3 +96,122 @@ class SpanMasking:
         for i, mask in enumerate(masks):
             hidden[i // num_copies, i % num_copies, : len(mask)] = mask
         return Masks.of(hidden)
+
+
+@dataclass
+class BlockMaskingConfig:
+    """Section `mask` of data2vec 2.0: blocks of tokens on a grid of any number of axes, then an exact share."""
+
+    mask_prob: float = opt(0.5, "Share of each sample's tokens that is hidden, rounded down to whole tokens.")
+    mask_length: int = opt(5, "Side of a block in tokens, along every axis of the grid.")
+    adjust: float = opt(
+        0.05,
+        "Blocks overlap and hide less than they have tokens: this much more of the grid is drawn, and single random "
+        "tokens are then hidden or shown until the share is exact.",
+    )
+    inverse: bool = opt(False, "Blocks are what stays visible, rather than what is hidden.")
+
+
+def draw_blocks(shape: tuple[int, ...], config: BlockMaskingConfig, rng: np.random.Generator) -> np.ndarray:
+    """Bool grid of this shape, True in a block. Centres fall anywhere, with replacement; what reaches over the border
+    is cut off."""
+    size, side = math.prod(shape), config.mask_length
+    share = 1.0 - config.mask_prob if config.inverse else config.mask_prob
+    num_blocks = int(size * (share + config.adjust) / side ** len(shape))
+    blocks = np.zeros(shape, dtype=bool)
+    for centre in zip(*np.unravel_index(rng.integers(size, size=num_blocks), shape), strict=True):
+        first = [int(c) - side // 2 for c in centre]
+        blocks[tuple(slice(max(i, 0), i + side) for i in first)] = True
+    return blocks
+
+
+def block_mask(
+    shape: tuple[int, ...], config: BlockMaskingConfig, rng: np.random.Generator, allowed: np.ndarray | None = None
+) -> np.ndarray:
+    """(T,) bool of a grid of this shape, True = hidden (fairseq: data_utils.py, compute_block_mask_1d and _2d).
+
+    Blocks, then single tokens at random more or less until the share is exact. allowed: (T,) bool, the tokens that the
+    mask is about; the share is one of them. At least one is hidden, and one visible where there are two or more.
+    """
+    if allowed is None:
+        allowed = np.ones(math.prod(shape), dtype=bool)
+    num_allowed = int(allowed.sum())
+    count = int(num_allowed * (1.0 - config.mask_prob if config.inverse else config.mask_prob))
+    count = max(min(count, num_allowed - 1), 1) if num_allowed > 1 else int(not config.inverse)
+    blocks = trim_mask(draw_blocks(shape, config, rng).ravel() & allowed, count, rng)
+    missing = count - int(blocks.sum())
+    if missing > 0:
+        blocks[rng.choice(np.flatnonzero(allowed & ~blocks), missing, replace=False)] = True
+    return allowed & ~blocks if config.inverse else blocks
+
+
+class BlockMasking:
+    """Block masks as a policy, with what the student encodes: every visible token, and no more.
+
+    Where samples are padded, a shorter one has fewer visible tokens; its row is filled up with padding, so that every
+    row keeps as many as the longest. A sample of one token is shown what it is asked for.
+
+    official_quirks: as fairseq, masks are drawn before cropping (`Layout.num_uncropped`) and over padding too, and as
+    many tokens are kept in every row as are visible in the first: rows with fewer also encode tokens that are hidden
+    and scored, rows with more lose some that are visible.
+    """
+
+    def __init__(self, config: BlockMaskingConfig, official_quirks: bool = False) -> None:
+        if not 0 < config.mask_prob < 1:
+            raise ValueError(f"mask.mask_prob={config.mask_prob} must lie between 0 and 1")
+        if config.mask_length < 1:
+            raise ValueError(f"mask.mask_length={config.mask_length} must be at least 1")
+        if not 0 <= config.adjust < 1:
+            raise ValueError(f"mask.adjust={config.adjust} must be at least 0 and below 1")
+        self.config, self.official_quirks = config, official_quirks
+
+    def __call__(self, layouts: Sequence[Layout], num_copies: int, rngs: Sequence[np.random.Generator]) -> Masks:
+        shapes = {layout.shape for layout in layouts}
+        if len(shapes) > 1 and any(len(shape) > 1 for shape in shapes):
+            raise ValueError(f"samples of a micro-batch have different grids: {sorted(shapes)}; only sequences may")
+        num_tokens = max(layout.num_tokens for layout in layouts)
+        hidden = np.zeros((len(layouts), num_copies, num_tokens), dtype=bool)
+        padded = np.zeros((len(layouts), num_tokens), dtype=bool)
+        for row, (layout, rng) in enumerate(zip(layouts, rngs, strict=True)):
+            for copy in range(num_copies):
+                mask = self._official(layout, num_tokens, rng) if self.official_quirks else self._one(layout, rng)
+                hidden[row, copy, : len(mask)] = mask
+            padded[row, layout.num_tokens :] = True
+        if self.official_quirks:
+            return Masks.of(hidden, visible=_kept_as_in_the_first_row(hidden, rngs))
+        visible = visible_places(hidden, padded)
+        # Samples of which only part may be hidden can have fewer visible tokens than there are places: what then had
+        # to be taken from the hidden ones is not hidden.
+        shown = np.zeros_like(hidden)
+        np.put_along_axis(shown, visible, True, axis=-1)
+        alone = (~padded).sum(-1) == 1
+        return Masks.of(hidden & (~shown | alone[:, None, None]), visible=visible)
+
+    def _one(self, layout: Layout, rng: np.random.Generator) -> np.ndarray:
+        return block_mask(layout.shape, self.config, rng, layout.maskable)
+
+    def _official(self, layout: Layout, num_tokens: int, rng: np.random.Generator) -> np.ndarray:
+        if len(layout.shape) > 1:
+            return block_mask(layout.shape, self.config, rng)
+        whole = max(layout.num_uncropped or 0, num_tokens)
+        first = int(rng.integers(whole - num_tokens + 1))
+        return block_mask((whole,), self.config, rng)[first : first + num_tokens]
+
+
+def visible_places(hidden: np.ndarray, padded: np.ndarray) -> np.ndarray:
+    """hidden (B, M, T), padded (B, T) bool -> (B, M, V) int64, ascending: every place that is neither, then as many
+    padded ones as make all rows equally long. A token that is alone in its sample is always among them."""
+    rank = np.where(hidden, 2, padded[:, None, :].astype(int))
+    alone = (~padded).sum(-1) == 1
+    rank[alone] = np.where(padded[alone, None, :], 1, 0)
+    order = np.argsort(rank, axis=-1, kind="stable")
+    num_visible = int((rank == 0).sum(-1).max())
+    return np.sort(order[..., :num_visible], axis=-1)
+
+
+def _kept_as_in_the_first_row(hidden: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+    """(B, M, V): V visible places of each row, ties in random order (officially an unstable sort decides)."""
+    ties = np.zeros(hidden.shape)
+    for row, rng in zip(ties, rngs, strict=True):
+        row[:] = rng.random(row.shape)
+    return np.argsort(hidden + 0.5 * ties, axis=-1)[..., : int((~hidden[0, 0]).sum())]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2v_core.contract import ProbeTask, Tokens
-from d2v_core.data2vec import Student
+from d2v_core.data2vec import Student, mean_of_valid
 
 Features = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 """From the inputs of one sample to its features, one (T, F) tensor per layer."""
@@ -39,7 +39,7 @@ def layers_of(student: Student, inputs: Mapping[str, Tensor]) -> list[Tensor]:
 def pooled_layers(student: Student, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """The same of a whole batch: (B, D) float32 each, the mean over tokens that are neither extra nor padding."""
     view, layers = _layers(student, inputs)
-    return [mean_of_tokens(replace(view, x=layer)).float() for layer in layers]
+    return [mean_of_valid(replace(view, x=layer)).float() for layer in layers]
 
 
 def _layers(student: Student, inputs: Mapping[str, Tensor]) -> tuple[Tokens, list[Tensor]]:
@@ -50,15 +50,6 @@ def _layers(student: Student, inputs: Mapping[str, Tensor]) -> tuple[Tokens, lis
     finally:
         student.train(training)
     return view, [view.x, *out.blocks, *([] if student.transformer.norm is None else [out.x])]
-
-
-def mean_of_tokens(tokens: Tokens) -> Tensor:
-    """(B, E + T, D) -> (B, D): the mean of what is neither an extra token nor padding."""
-    x = tokens.x[:, tokens.num_extra :]
-    if tokens.padding_mask is None:
-        return x.mean(1)
-    keep = ~tokens.padding_mask[:, tokens.num_extra :, None]
-    return (x * keep).sum(1) / keep.sum(1)
 
 
 def run_probe(task: ProbeTask, systems: Mapping[str, Features]) -> list[ProbeRow]:

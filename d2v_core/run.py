@@ -33,7 +33,7 @@ def build_model(modality: Modality[Any]) -> Data2Vec:
             transformer,
             modality.predictor(),
             TopKTargets(config.target),
-            RegressionLoss(config.loss),
+            RegressionLoss(config.loss, config.official_quirks),
             modality.teacher_parts(),
         )
 

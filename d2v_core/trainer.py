@@ -89,9 +89,11 @@ class Trainer(Loop[Data2Vec]):
         self.dataset_size, self.description = len(self.dataset), self.dataset.describe()
 
     def steps(self) -> StepLoader:
+        train = self.config.train
         return StepLoader(
-            self.modality, self.dataset, seed=self.config.seed, num_workers=self.config.train.num_workers,
-            epoch=self.progress.epoch, step=self.progress.epoch_step, pin_memory=self.device.type == "cuda",
+            self.modality, self.dataset, seed=self.config.seed, num_copies=train.num_masks,
+            num_workers=train.num_workers, epoch=self.progress.epoch, step=self.progress.epoch_step,
+            pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 
     def usable(self, batch: Batch) -> bool:

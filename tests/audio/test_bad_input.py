@@ -109,7 +109,7 @@ def steps_in(run: Path) -> list[int]:
             ["There is no modality 'vidio'. Installed: audio, text, vision.", "Did you mean vision or audio?"],
         ),
         ("modality=", ["modality is missing", "modality=NAME", "Installed: audio"]),
-        ("preset=tinny", ["preset='tinny' is not one of audio's: base, large,", "Did you mean tiny?"]),
+        ("preset=tinny", ["preset='tinny' is not one of audio's: base, base2,", "Did you mean tiny?"]),
         ("stage=pretran", ["stage=pretran must be one of: pretrain, finetune, probe.", "Did you mean pretrain?"]),
         ("encoder=logml", ["encoder='logml' is not one of audio's: logmel, waveform.", "Did you mean logmel?"]),
         ("resume=auto", ["resume=auto needs out=FOLDER"]),

@@ -17,9 +17,10 @@ from d2v_core import load, load_classifier
 from d2v_core.checkpoint import list_checkpoints
 from d2v_core.config import FinetuneConfig, ModelConfig
 from d2v_core.contract import Tokens
+from d2v_core.data2vec import mean_of_valid
 from d2v_core.errors import UserError
 from d2v_core.finetune import Finetuner, Head, classification_loss
-from d2v_core.probe import fit_knn, mean_of_tokens, pooled_layers
+from d2v_core.probe import fit_knn, pooled_layers
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_a_head_by_hand():
     x = torch.tensor([[[9.0, 9.0], [1.0, 2.0], [3.0, 4.0], [5.0, 100.0]]])
     padding = torch.tensor([[False, False, False, True]])
     tokens = Tokens(x, padding, (3,), num_extra=1)
-    assert torch.equal(mean_of_tokens(tokens), torch.tensor([[2.0, 3.0]]))
+    assert torch.equal(mean_of_valid(tokens), torch.tensor([[2.0, 3.0]]))
     head = Head(model, FinetuneConfig(pool="mean"), 3)
     assert torch.allclose(head(tokens), head.out(torch.tensor([[2.0, 3.0]])))
     head = Head(model, FinetuneConfig(pool="first", head_hidden=True), 3)

@@ -59,7 +59,7 @@ def test_every_preset_loads(preset: str):
     made = modality(f"preset={preset}")
     batching = made.batching()
     assert batching.batch >= batching.micro_batch >= batching.max_size > 2
-    assert made.mask.teacher_input == "full"
+    assert made.visible_only or made.mask.teacher_input == "full"
     with torch.device("meta"):
         build_model(made)
 

@@ -65,9 +65,11 @@ class AudioConfig:
 
 @dataclass(frozen=True)
 class AudioSample:
-    """waveform: (S,) float32, mean 0 and variance 1 over the whole clip, before any cropping."""
+    """waveform: (S,) float32, mean 0 and variance 1 over the whole clip, before any cropping. num_uncropped: samples in
+    the clip that it was cut from, 0 where it was not."""
 
     waveform: np.ndarray
+    num_uncropped: int = 0
 
 
 def normalise(waveform: np.ndarray) -> np.ndarray:

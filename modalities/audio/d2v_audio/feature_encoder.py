@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, repeat
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig, opt
-from d2v_core.contract import FeatureEncoder, Masks, Tokens
+from d2v_core.contract import AttentionBias, FeatureEncoder, Masks, Tokens
 from d2v_core.kernels import Linear, conv1d_time_major
 from d2v_core.positions import ConvPositions, ConvPositionsConfig
+from d2v_core.visible import Alibi, AlibiConfig, Prenet, PrenetConfig, take_visible, take_visible_padding
 
 
 @dataclass
@@ -223,13 +224,79 @@ class AudioEncoder(FeatureEncoder):
         return Tokens(F.dropout(x, self.dropout, self.training), padding_mask, tokens.grid)
 
 
+class VisibleAudioEncoder(FeatureEncoder):
+    """data2vec 2.0: the student is given visible tokens only, each as it is, with a position from its surroundings.
+
+    The positions are computed on the whole sequence with hidden tokens at zero, one for each masked copy, and gathered
+    with the tokens. Places enter a second time as a bias on attention (ALiBi), from which hidden places are gathered
+    out too. The norm before the first block, and blocks of the encoder's own, follow.
+
+    leaky_padding: as fairseq, let padded tokens into the convolutions of the positions.
+    """
+
+    def __init__(
+        self,
+        embedding: WaveformEmbedding | LogMelEmbedding,
+        model: ModelConfig,
+        positions: ConvPositionsConfig,
+        prenet: PrenetConfig,
+        alibi: AlibiConfig,
+        leaky_padding: bool,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.positions = ConvPositions(model.embed_dim, positions)
+        self.prenet = Prenet(prenet, model)
+        self.alibi = Alibi(alibi, model.num_heads, prenet.layers + model.num_layers) if alibi.use else None
+        self.leaky_padding = leaky_padding
+
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
+        """inputs: waveform (B, S) float32, and num_samples (B,) int64 where samples are padded."""
+        return self.embedding(inputs["waveform"], inputs.get("num_samples"))
+
+    def view(self, tokens: Tokens, masks: Masks | None) -> Tokens:
+        x, padding_mask = tokens.x, tokens.padding_mask
+        if masks is None:
+            seen = replace(tokens, x=x + self._positions(x, padding_mask))
+        else:
+            assert masks.visible is not None, "data2vec 2.0 needs masks that say what is visible"
+            rows = repeat(x, "b t d -> (b m) t d", m=masks.num_copies)
+            rows = rows.masked_fill(masks.hidden.flatten(0, 1).unsqueeze(-1), 0.0)
+            if padding_mask is not None:
+                padding_mask = repeat(padding_mask, "b t -> (b m) t", m=masks.num_copies)
+            positions = self._positions(rows, padding_mask)
+            seen = Tokens(
+                take_visible(x, masks) + take_visible(positions, masks),
+                take_visible_padding(tokens.padding_mask, masks),
+                tokens.grid,
+                index=masks.visible.flatten(0, 1),
+            )
+        return replace(seen, x=self.prenet(seen.x, seen.padding_mask, self._biases(seen)))
+
+    def attention_bias(self, tokens: Tokens) -> AttentionBias:
+        return self.prenet.rest(self._biases(tokens))
+
+    def _positions(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        return self.positions(x, None if self.leaky_padding else padding_mask)
+
+    def _biases(self, tokens: Tokens) -> AttentionBias:
+        return None if self.alibi is None else self.alibi(tokens)
+
+
+def make_embedding(
+    features: WaveformConfig | LogMelConfig, embed_dim: int, sample_rate: int
+) -> WaveformEmbedding | LogMelEmbedding:
+    if isinstance(features, WaveformConfig):
+        return WaveformEmbedding(features, embed_dim, sample_rate)
+    return LogMelEmbedding(features, embed_dim, sample_rate)
+
+
 def make_encoder(
     features: WaveformConfig | LogMelConfig, model: ModelConfig, positions: ConvPositionsConfig, sample_rate: int
 ) -> AudioEncoder:
     """The parts outside the transformer keep PyTorch's initialisation, as the official code's do; the waveform's
     convolutions have their own."""
-    kind = WaveformEmbedding if isinstance(features, WaveformConfig) else LogMelEmbedding
-    return AudioEncoder(kind(features, model.embed_dim, sample_rate), model, positions)  # pyright: ignore[reportArgumentType]
+    return AudioEncoder(make_embedding(features, model.embed_dim, sample_rate), model, positions)
 
 
 def make_geometry(features: WaveformConfig | LogMelConfig, sample_rate: int) -> Geometry:

@@ -13,12 +13,32 @@ from torch import Tensor
 
 from d2v_audio.classification import LabelledConfig, open_classification
 from d2v_audio.data import AudioConfig, AudioSample, open_dataset, phone_probe
-from d2v_audio.feature_encoder import AudioEncoder, LogMelConfig, WaveformConfig, make_encoder, make_geometry
+from d2v_audio.feature_encoder import (
+    AudioEncoder,
+    LogMelConfig,
+    VisibleAudioEncoder,
+    WaveformConfig,
+    make_embedding,
+    make_encoder,
+    make_geometry,
+)
 from d2v_core.config import RunConfig, opt
-from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, ProbeTask, Task
+from d2v_core.contract import (
+    Batching,
+    Dataset,
+    Layout,
+    MaskingPolicy,
+    Modality,
+    Part,
+    Predictor,
+    ProbeTask,
+    Task,
+)
+from d2v_core.decoder import ConvDecoder, DecoderConfig
 from d2v_core.errors import UserError
-from d2v_core.masking import SpanMasking, SpanMaskingConfig
+from d2v_core.masking import BlockMasking, BlockMaskingConfig, SpanMasking, SpanMaskingConfig
 from d2v_core.positions import ConvPositionsConfig
+from d2v_core.visible import AlibiConfig, PrenetConfig
 
 
 @dataclass
@@ -38,11 +58,12 @@ class AudioModality(Modality[AudioSample]):
     name = "audio"
     unit = "s of audio"
     encoders = ("logmel", "waveform")
+    methods = ("data2vec", "data2vec2")
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         self.data = config.section("data", AudioConfig)
-        self.positions = config.section("positions", AudioPositionsConfig)
+        self.visible_only = config.method == "data2vec2"
         kind = WaveformConfig if config.encoder == "waveform" else LogMelConfig
         self.features: WaveformConfig | LogMelConfig = config.section("features", kind)
         try:
@@ -51,7 +72,7 @@ class AudioModality(Modality[AudioSample]):
             if round(self.data.max_s * self.data.sample_rate) < self.two_tokens():
                 least = self.two_tokens() / self.data.sample_rate
                 raise ValueError(f"data.max_s={self.data.max_s} must be at least {least:g} s, which is two tokens")
-            SpanMasking(config.section("mask", SpanMaskingConfig))
+            self.masking()
         except ValueError as error:
             raise UserError(f"This configuration cannot work: {error}") from error
 
@@ -67,6 +88,17 @@ class AudioModality(Modality[AudioSample]):
     @classmethod
     def task_sections(cls) -> Mapping[str, type]:
         return {"labelled": LabelledConfig}
+
+    @classmethod
+    def method_sections(cls, encoder: str, method: str) -> Mapping[str, type]:
+        return {
+            **cls.sections(encoder),
+            "positions": ConvPositionsConfig,
+            "mask": BlockMaskingConfig,
+            "prenet": PrenetConfig,
+            "alibi": AlibiConfig,
+            "decoder": DecoderConfig,
+        }
 
     @classmethod
     def recipes(cls) -> Path:
@@ -98,7 +130,8 @@ class AudioModality(Modality[AudioSample]):
         return _cropped(sample, size, rng)
 
     def layout(self, sample: AudioSample) -> Layout:
-        return Layout((self.geometry.num_tokens(len(sample.waveform)),))
+        uncropped = self.geometry.num_tokens(sample.num_uncropped) if sample.num_uncropped else None
+        return Layout((self.geometry.num_tokens(len(sample.waveform)),), num_uncropped=uncropped)
 
     def collate(self, samples: Sequence[AudioSample]) -> Mapping[str, Tensor]:
         """waveform (B, S) float32, zeros behind shorter clips; num_samples (B,) int64 only where some are shorter."""
@@ -115,18 +148,38 @@ class AudioModality(Modality[AudioSample]):
         return samples / self.data.sample_rate
 
     def masking(self) -> MaskingPolicy:
+        if self.visible_only:
+            return BlockMasking(self.config.section("mask", BlockMaskingConfig), self.config.official_quirks)
         return SpanMasking(self.config.section("mask", SpanMaskingConfig))
 
-    def feature_encoder(self) -> AudioEncoder:
-        return make_encoder(self.features, self.config.model, self.positions, self.data.sample_rate)
+    def feature_encoder(self) -> AudioEncoder | VisibleAudioEncoder:
+        config, rate = self.config, self.data.sample_rate
+        if not self.visible_only:
+            return make_encoder(self.features, config.model, config.section("positions", AudioPositionsConfig), rate)
+        return VisibleAudioEncoder(
+            make_embedding(self.features, config.model.embed_dim, rate),
+            config.model,
+            config.section("positions", ConvPositionsConfig),
+            config.section("prenet", PrenetConfig),
+            config.section("alibi", AlibiConfig),
+            leaky_padding=config.official_quirks,
+        )
+
+    def predictor(self) -> Predictor:
+        if not self.visible_only:
+            return super().predictor()
+        decoder = self.config.section("decoder", DecoderConfig)
+        return ConvDecoder(decoder, self.config.model.embed_dim, 1, leaky_padding=self.config.official_quirks)
 
     def teacher_parts(self) -> Mapping[str, Part]:
         """The front end and its projection are the student's own; the mask vector is of no use to a teacher."""
+        if self.visible_only:  # positions, norm, prenet blocks and the scale of ALiBi are averaged
+            return {"": "average", "encoder.embedding": "share"}
         return {
             "encoder": "average",
             "encoder.embedding": "share",
             "encoder.mask_embedding": "share",
-            "encoder.positions": self.positions.teacher,
+            "encoder.positions": self.config.section("positions", AudioPositionsConfig).teacher,
             "transformer": "average",
         }
 
@@ -147,4 +200,4 @@ def _cropped(sample: AudioSample, size: int, rng: np.random.Generator | None) ->
     if excess <= 0:
         return sample
     start = excess // 2 if rng is None else int(rng.integers(excess + 1))
-    return AudioSample(sample.waveform[start : start + size])
+    return AudioSample(sample.waveform[start : start + size], len(sample.waveform))

@@ -1,12 +1,13 @@
 """Token ids to vectors, and vectors to what student and teacher see; the regression head.
 
-fairseq: examples/data2vec/models/data2vec_text.py and fairseq/models/transformer/transformer_encoder.py.
+fairseq: examples/data2vec/models/data2vec_text.py and fairseq/models/transformer/transformer_encoder.py; for
+data2vec 2.0 examples/data2vec/models/modalities/text.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from d2v_core.contract import FeatureEncoder, Masks, Predictor, Tokens
 from d2v_core.errors import UserError
 from d2v_core.kernels import Linear
 from d2v_core.transformer import init_bert
+from d2v_core.visible import take_visible, take_visible_padding
 from d2v_text.tokenizer import PAD, Vocabulary
 
 
@@ -42,6 +44,19 @@ class EmbeddingConfig:
         "How the teacher's tables and their norm follow the student's. The official recipe copies them "
         "(`ema_transformer_layers_only`).",
     )
+
+
+@dataclass
+class VisibleEmbeddingConfig:
+    """The tables of tokens and positions, of data2vec 2.0. The teacher uses the student's."""
+
+    vocab_size: int | None = opt(
+        None,
+        "Symbols, the five special ones included; null = as many as the tokenizer (or the built-in grammar) has. Where "
+        "both are given they must agree.",
+    )
+    max_positions: int = opt(512, "Longest sequence in tokens; the table of positions has two rows more.")
+    dropout: float = opt(0.0, "After the norm.")
 
 
 @dataclass
@@ -106,11 +121,7 @@ class TextEncoder(FeatureEncoder):
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
         """inputs: ids (B, T) int64, and padding_mask (B, T) bool where some are padded."""
-        ids = inputs["ids"]
-        if ids.shape[1] > self.max_positions:
-            raise UserError(
-                f"A sequence has {ids.shape[1]} tokens, but embedding.max_positions={self.max_positions}. Cut it."
-            )
+        ids = _checked(inputs["ids"], self.max_positions)
         return Tokens(self.embedding(ids), inputs.get("padding_mask"), (ids.shape[1],))
 
     def view(self, tokens: Tokens, masks: Masks | None) -> Tokens:
@@ -128,6 +139,53 @@ class TextEncoder(FeatureEncoder):
         if padding_mask is not None:
             x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
         return Tokens(x, padding_mask, tokens.grid)
+
+
+class VisibleTextEncoder(FeatureEncoder):
+    """data2vec 2.0: token embedding + learned position, layer norm; hidden tokens leave, and dropout follows.
+
+    official_quirks: as fairseq, dropout belongs to what is computed once for student and teacher, so that the teacher,
+    which is given the student's tokens, sees the student's noise.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, model: ModelConfig, config: VisibleEmbeddingConfig, official_quirks: bool
+    ) -> None:
+        super().__init__()
+        if not 0 <= config.dropout < 1:
+            raise ValueError(f"embedding.dropout={config.dropout} must be at least 0 and below 1")
+        self.max_positions, self.dropout, self.official_quirks = config.max_positions, config.dropout, official_quirks
+        self.embedding = TokenEmbedding(vocabulary, model.embed_dim)
+        self.positions = nn.Embedding(config.max_positions + PAD + 1, model.embed_dim, padding_idx=PAD)
+        self.norm = nn.LayerNorm(model.embed_dim, eps=model.norm_eps)
+        init_bert(self)
+
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
+        """inputs: ids (B, T) int64, and padding_mask (B, T) bool where some are padded."""
+        ids = _checked(inputs["ids"], self.max_positions)
+        tokens = Tokens(self.embedding(ids), inputs.get("padding_mask"), (ids.shape[1],))
+        return replace(tokens, x=self._drop(self._place(tokens))) if self.official_quirks else tokens
+
+    def view(self, tokens: Tokens, masks: Masks | None) -> Tokens:
+        x, padding_mask, index = tokens.x if self.official_quirks else self._place(tokens), tokens.padding_mask, None
+        if masks is not None:
+            assert masks.visible is not None, "data2vec 2.0 needs masks that say what is visible"
+            x, padding_mask = take_visible(x, masks), take_visible_padding(padding_mask, masks)
+            index = masks.visible.flatten(0, 1)
+        return Tokens(x if self.official_quirks else self._drop(x), padding_mask, tokens.grid, index=index)
+
+    def _place(self, tokens: Tokens) -> Tensor:
+        x = tokens.x
+        return self.norm(x + self.positions(position_ids(x.shape[1], tokens.padding_mask, x.device)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+def _checked(ids: Tensor, max_positions: int) -> Tensor:
+    if ids.shape[1] > max_positions:
+        raise UserError(f"A sequence has {ids.shape[1]} tokens, but embedding.max_positions={max_positions}. Cut it.")
+    return ids
 
 
 def position_ids(num_tokens: int, padding_mask: Tensor | None, device: torch.device) -> Tensor:

@@ -21,10 +21,20 @@ from d2v_core.contract import (
     ProbeTask,
     Task,
 )
+from d2v_core.decoder import ConvDecoder, DecoderConfig
 from d2v_core.errors import UserError
+from d2v_core.masking import BlockMasking, BlockMaskingConfig
+from d2v_core.transformer import init_bert
 from d2v_text import grammar, labelled
 from d2v_text.data import Sample, TextConfig, collate, from_files, from_grammar, role_probe
-from d2v_text.feature_encoder import EmbeddingConfig, HeadConfig, RegressionHead, TextEncoder
+from d2v_text.feature_encoder import (
+    EmbeddingConfig,
+    HeadConfig,
+    RegressionHead,
+    TextEncoder,
+    VisibleEmbeddingConfig,
+    VisibleTextEncoder,
+)
 from d2v_text.files import tokenise
 from d2v_text.labelled import GlueConfig
 from d2v_text.masking import NOT_SELECTED, TokenMasking, TokenMaskingConfig
@@ -39,21 +49,22 @@ class TextModality(Modality[Sample]):
     name = "text"
     unit = "tokens"
     encoders = ("embedding",)
+    methods = ("data2vec", "data2vec2")
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         self.data = config.section("data", TextConfig)
-        self.embedding = config.section("embedding", EmbeddingConfig)
-        self.head = config.section("head", HeadConfig)
-        self.mask = config.section("mask", TokenMaskingConfig)
+        self.visible_only = config.method == "data2vec2"
+        kind = VisibleEmbeddingConfig if self.visible_only else EmbeddingConfig
+        self.embedding: VisibleEmbeddingConfig | EmbeddingConfig = config.section("embedding", kind)
         try:
             self.data.check()
             self.glue = None if config.stage == "pretrain" else config.section("glue", GlueConfig)
             if self.glue is not None:
                 self.glue.check()
-            if self.head.layers < 1:
+            if not self.visible_only and self.head.layers < 1:
                 raise ValueError(f"head.layers={self.head.layers} must be at least 1")
-            if not self.embedding.position_std >= 0:
+            if isinstance(self.embedding, EmbeddingConfig) and not self.embedding.position_std >= 0:
                 raise ValueError(f"embedding.position_std={self.embedding.position_std} must be 0 or more")
             if self.data.block_tokens > self.embedding.max_positions:
                 raise ValueError(
@@ -65,7 +76,7 @@ class TextModality(Modality[Sample]):
             self.tokenizer_file = self._tokenizer_file()
             self.vocabulary = self._vocabulary()
             self._check_source()
-            TokenMasking(self.mask, self.vocabulary)
+            self.masking()
         except ValueError as error:
             raise UserError(f"This configuration cannot work: {error}") from error
 
@@ -93,6 +104,16 @@ class TextModality(Modality[Sample]):
                 "task on the grammar."
             )
         return None if given is None else Path(given)
+
+    @property
+    def head(self) -> HeadConfig:
+        """Of data2vec 1.0."""
+        return self.config.section("head", HeadConfig)
+
+    @property
+    def mask(self) -> TokenMaskingConfig:
+        """Of data2vec 1.0."""
+        return self.config.section("mask", TokenMaskingConfig)
 
     def _vocabulary(self) -> Vocabulary:
         """The tokenizer's, the built-in grammar's, or, where only a size is given, one of which no more is known."""
@@ -181,6 +202,16 @@ class TextModality(Modality[Sample]):
         return {"glue": GlueConfig}
 
     @classmethod
+    def method_sections(cls, encoder: str, method: str) -> Mapping[str, type]:
+        del encoder, method
+        return {
+            "data": TextConfig,
+            "embedding": VisibleEmbeddingConfig,
+            "mask": BlockMaskingConfig,
+            "decoder": DecoderConfig,
+        }
+
+    @classmethod
     def recipes(cls) -> Path:
         return Path(__file__).parent / "recipes"
 
@@ -211,22 +242,35 @@ class TextModality(Modality[Sample]):
         return inputs["ids"].numel() - padding
 
     def masking(self) -> MaskingPolicy:
+        if self.visible_only:
+            return BlockMasking(self.config.section("mask", BlockMaskingConfig), self.config.official_quirks)
         return TokenMasking(self.mask, self.vocabulary)
 
-    def feature_encoder(self) -> TextEncoder:
-        return TextEncoder(self.vocabulary, self.config.model, self.embedding)
+    def feature_encoder(self) -> TextEncoder | VisibleTextEncoder:
+        if isinstance(self.embedding, EmbeddingConfig):
+            return TextEncoder(self.vocabulary, self.config.model, self.embedding)
+        return VisibleTextEncoder(self.vocabulary, self.config.model, self.embedding, self.config.official_quirks)
 
     def predictor(self) -> Predictor:
-        return RegressionHead(self.config.model.embed_dim, self.head)
+        if not self.visible_only:
+            return RegressionHead(self.config.model.embed_dim, self.head)
+        config = self.config
+        decoder = ConvDecoder(
+            config.section("decoder", DecoderConfig), config.model.embed_dim, 1, leaky_padding=config.official_quirks
+        )
+        init_bert(decoder.projections)
+        return decoder
 
     def teacher_parts(self) -> Mapping[str, Part]:
-        """Tables and their norm are the student's own of the last update, or averaged too."""
-        return {"encoder": self.embedding.teacher, "transformer": "average"}
+        """1.0: tables and their norm are the student's own of the last update, or averaged too. 2.0: the student's."""
+        if isinstance(self.embedding, EmbeddingConfig):
+            return {"encoder": self.embedding.teacher, "transformer": "average"}
+        return {"encoder": "share", "transformer": "average"}
 
     def teacher_inputs(self, batch: Batch) -> Mapping[str, Tensor] | None:
         """mask.teacher_input=labels: the selected tokens, `<pad>` everywhere else. The official data pipeline hands its
         teacher this by mistake: it then attends to selected tokens only, whose positions are counted without gaps."""
-        if self.mask.teacher_input == "full":
+        if self.visible_only or self.mask.teacher_input == "full":
             return None
         assert batch.masks is not None and batch.masks.fill is not None
         unselected = batch.masks.fill[:, 0] == NOT_SELECTED

@@ -1,7 +1,11 @@
-"""Images to tokens: patches, a mask token, CLS in front, and a relative position bias, one for all blocks or for each.
+"""Images to tokens, for data2vec 1.0 and 2.0.
 
-Source of every detail: facebookresearch/data2vec_vision, beit/modeling_cyclical.py and beit/modeling_finetune.py.
-There are no absolute positions: a block knows places only by the bias on its attention logits.
+1.0 (`PatchEncoder`): patches, a mask token, CLS in front, and one relative position bias for all blocks. There are no
+absolute positions: a block knows places only by the bias on its attention logits. Source of every detail:
+facebookresearch/data2vec_vision, beit/modeling_cyclical.py and beit/modeling_finetune.py.
+
+2.0 (`VisiblePatchEncoder`): visible patches with fixed positions, CLS in front. Source: fairseq,
+examples/data2vec/models/modalities/images.py and base.py.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from d2v_core.config import ModelConfig, opt
 from d2v_core.contract import AttentionBias, FeatureEncoder, Masks, Predictor, Tokens
 from d2v_core.kernels import linear
 from d2v_core.transformer import Transformer
+from d2v_core.visible import Prenet, PrenetConfig, take_visible
 
 CHANNELS = 3  # red, green, blue: whatever a file holds is converted to them
 
@@ -45,6 +50,13 @@ class PatchConfig:
     head: Literal["linear", "identity"] = opt(
         "linear", "Prediction from the final norm's output: one linear map (official), or as it is (fairseq's port)."
     )
+
+
+@dataclass
+class VisiblePatchConfig:
+    """Section `features` of data2vec 2.0: patches."""
+
+    patch_size: int = opt(16, "Side of a patch, pixels.")
 
 
 def init_official(module: nn.Module, std: float) -> None:
@@ -137,12 +149,7 @@ class PatchEncoder(FeatureEncoder):
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
         """inputs: image (B, 3, S, S) float32, normalised."""
-        image = inputs["image"]
-        if image.dim() != 4 or image.shape[1:] != (CHANNELS, self.image_size, self.image_size):
-            raise ValueError(
-                f"image has shape {tuple(image.shape)}; expected (B, {CHANNELS}, {self.image_size}, {self.image_size})"
-            )
-        return Tokens(self.embedding(image), None, self.grid)
+        return Tokens(self.embedding(_checked(inputs["image"], self.image_size)), None, self.grid)
 
     def view(self, tokens: Tokens, masks: Masks | None) -> Tokens:
         x = tokens.x
@@ -158,6 +165,57 @@ class PatchEncoder(FeatureEncoder):
         if isinstance(self.positions, RelativeBias):
             return self.positions()
         return [positions() for positions in self.positions]
+
+
+def _checked(image: Tensor, size: int) -> Tensor:
+    if image.dim() != 4 or image.shape[1:] != (CHANNELS, size, size):
+        raise ValueError(f"image has shape {tuple(image.shape)}; expected (B, {CHANNELS}, {size}, {size})")
+    return image
+
+
+def sine_positions(rows: int, columns: int, dim: int) -> Tensor:
+    """(rows * columns, dim) float32: the first half of the channels encodes the column, the second the row; each half
+    is sines of dim / 4 frequencies, then their cosines. Frequency i is 10000^(-i / (dim / 4))."""
+    if dim % 4:
+        raise ValueError(
+            f"model.embed_dim={dim} must be a multiple of 4: places enter as sines and cosines of two axes"
+        )
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [place.flatten().unsqueeze(1) * frequencies for place in (x, y)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1).float()
+
+
+class VisiblePatchEncoder(FeatureEncoder):
+    """data2vec 2.0: positions are added to all patches, hidden ones then leave, CLS joins in front without a position.
+
+    The norm before the first block and blocks of the encoder's own follow.
+    """
+
+    positions: Tensor
+
+    def __init__(self, features: VisiblePatchConfig, model: ModelConfig, prenet: PrenetConfig, image_size: int) -> None:
+        super().__init__()
+        side = image_size // features.patch_size
+        self.image_size, self.grid = image_size, (side, side)
+        self.embedding = PatchEmbedding(features.patch_size, model.embed_dim)
+        self.embedding.conv.reset_parameters()  # of which the bias stays
+        nn.init.xavier_uniform_(self.embedding.conv.weight.data.flatten(1))
+        self.cls_token = nn.Parameter(torch.randn(model.embed_dim))
+        self.register_buffer("positions", sine_positions(side, side, model.embed_dim), persistent=False)
+        self.prenet = Prenet(prenet, model)
+
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
+        """inputs: image (B, 3, S, S) float32, normalised."""
+        return Tokens(self.embedding(_checked(inputs["image"], self.image_size)), None, self.grid)
+
+    def view(self, tokens: Tokens, masks: Masks | None) -> Tokens:
+        x, index = tokens.x + self.positions.to(tokens.x.dtype), None
+        if masks is not None:
+            assert masks.visible is not None, "data2vec 2.0 needs masks that say what is visible"
+            x, index = take_visible(x, masks), masks.visible.flatten(0, 1)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), 1, -1), x], 1)
+        return Tokens(self.prenet(x, None), None, tokens.grid, num_extra=1, index=index)
 
 
 class IdentityPredictor(Predictor):

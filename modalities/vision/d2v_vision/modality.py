@@ -11,10 +11,22 @@ from torch import Tensor
 from d2v_core.config import RunConfig
 from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask, Task
 from d2v_core.data2vec import LinearPredictor
+from d2v_core.decoder import ConvDecoder, DecoderConfig
 from d2v_core.errors import UserError
+from d2v_core.masking import BlockMasking as GridBlockMasking
+from d2v_core.masking import BlockMaskingConfig as GridBlockMaskingConfig
 from d2v_core.transformer import Transformer
+from d2v_core.visible import PrenetConfig
 from d2v_vision.data import ImageSample, VisionConfig, augment, open_dataset, shape_probe, to_tensor
-from d2v_vision.feature_encoder import IdentityPredictor, PatchConfig, PatchEncoder, init_official, init_transformer
+from d2v_vision.feature_encoder import (
+    IdentityPredictor,
+    PatchConfig,
+    PatchEncoder,
+    VisiblePatchConfig,
+    VisiblePatchEncoder,
+    init_official,
+    init_transformer,
+)
 from d2v_vision.labelled import AugmentConfig, middle, mix, open_task, training_transform, vary
 from d2v_vision.masking import BlockMasking, BlockMaskingConfig
 from d2v_vision.synthetic import SyntheticShapes
@@ -28,28 +40,36 @@ class VisionModality(Modality[ImageSample]):
     name = "vision"
     unit = "images"
     encoders = ("patches",)
+    methods = ("data2vec", "data2vec2")
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         self.data = config.section("data", VisionConfig)
-        self.features = config.section("features", PatchConfig)
-        self.mask = config.section("mask", BlockMaskingConfig)
+        self.visible_only = config.method == "data2vec2"
+        patch = config.section("features", VisiblePatchConfig if self.visible_only else PatchConfig).patch_size
         labelled = "augment" in config.sections
         self.augment = config.section("augment", AugmentConfig) if labelled else AugmentConfig()
-        size, patch = self.data.image_size, self.features.patch_size
+        size = self.data.image_size
         try:
             self.data.check()
             self.augment.check()
             if patch < 1 or size % patch:
                 raise ValueError(f"data.image_size={size} must be a multiple of features.patch_size={patch}")
-            if not self.features.init_std > 0:
-                raise ValueError(f"features.init_std={self.features.init_std} must be above 0")
             if self.data.path is None:
                 SyntheticShapes("train", self.data.synthetic_images, size)
-            self.grid = (size // patch, size // patch)
-            self.mask.check(self.grid[0] * self.grid[1])
+            self.patch_size, self.grid = patch, (size // patch, size // patch)
+            if not self.visible_only:
+                if not self.features.init_std > 0:
+                    raise ValueError(f"features.init_std={self.features.init_std} must be above 0")
+                config.section("mask", BlockMaskingConfig).check(self.grid[0] * self.grid[1])
+            self.masking()
         except ValueError as error:
             raise UserError(f"This configuration cannot work: {error}") from error
+
+    @property
+    def features(self) -> PatchConfig:
+        """Of data2vec 1.0."""
+        return self.config.section("features", PatchConfig)
 
     @classmethod
     def sections(cls, encoder: str) -> Mapping[str, type]:
@@ -60,11 +80,21 @@ class VisionModality(Modality[ImageSample]):
         return {"augment": AugmentConfig}
 
     @classmethod
+    def method_sections(cls, encoder: str, method: str) -> Mapping[str, type]:
+        return {
+            "data": VisionConfig,
+            "features": VisiblePatchConfig,
+            "mask": GridBlockMaskingConfig,
+            "prenet": PrenetConfig,
+            "decoder": DecoderConfig,
+        }
+
+    @classmethod
     def recipes(cls) -> Path:
         return Path(__file__).parent / "recipes"
 
     def dataset(self, split: str) -> Dataset[ImageSample]:
-        return open_dataset(self.data, self.features.patch_size)
+        return open_dataset(self.data, self.patch_size)
 
     def batching(self) -> Batching:
         return Batching(self.data.batch, self.data.micro_batch or self.data.batch, max_size=1)
@@ -83,15 +113,29 @@ class VisionModality(Modality[ImageSample]):
         return float(len(inputs["image"]))
 
     def masking(self) -> MaskingPolicy:
-        return BlockMasking(self.mask)
+        if self.visible_only:
+            return GridBlockMasking(self.config.section("mask", GridBlockMaskingConfig), self.config.official_quirks)
+        return BlockMasking(self.config.section("mask", BlockMaskingConfig))
 
-    def feature_encoder(self) -> PatchEncoder:
-        return PatchEncoder(self.features, self.config.model, self.data.image_size)
+    def feature_encoder(self) -> PatchEncoder | VisiblePatchEncoder:
+        if not self.visible_only:
+            return PatchEncoder(self.features, self.config.model, self.data.image_size)
+        features, prenet = (
+            self.config.section("features", VisiblePatchConfig),
+            self.config.section("prenet", PrenetConfig),
+        )
+        return VisiblePatchEncoder(features, self.config.model, prenet, self.data.image_size)
 
     def init_transformer(self, transformer: Transformer) -> None:
-        init_transformer(transformer, self.features.init_std)
+        if self.visible_only:
+            super().init_transformer(transformer)
+        else:
+            init_transformer(transformer, self.features.init_std)
 
     def predictor(self) -> Predictor:
+        if self.visible_only:
+            decoder = self.config.section("decoder", DecoderConfig)
+            return ConvDecoder(decoder, self.config.model.embed_dim, num_axes=2)
         if self.features.head == "identity":
             return IdentityPredictor()
         head = LinearPredictor(self.config.model.embed_dim)
@@ -99,7 +143,7 @@ class VisionModality(Modality[ImageSample]):
         return head
 
     def teacher_parts(self) -> Mapping[str, Part]:
-        if self.features.teacher == "average":
+        if self.visible_only or self.features.teacher == "average":
             return {"": "average"}
         share: dict[str, Part] = dict.fromkeys(
             ("encoder.embedding", "encoder.cls_token", "encoder.mask_token"), "share"

@@ -1,0 +1,68 @@
+"""Between fairseq's data2vec 2.0 for text and d2v: names of weights, and configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from d2v_core.config import RunConfig
+from d2v_core.decoder import DecoderConfig
+from d2v_core.official2 import Names, Row, Settings
+from d2v_text.official import FINGERPRINT
+
+_ROWS = (
+    Row("local_encoder.embed_tokens.", "student.encoder.embedding.table."),
+    Row("local_encoder.embed_positions.", "student.encoder.positions."),
+    Row("local_encoder.layernorm_embedding.", "student.encoder.norm."),
+)
+
+
+def names(config: RunConfig) -> Names:
+    return Names(
+        "TEXT",
+        _ROWS,
+        num_projections=config.section("decoder", DecoderConfig).projection_layers,
+        teacher="blocks.",
+        ours_alone={FINGERPRINT: torch.tensor(0)},  # the vocabulary is not known
+    )
+
+
+def config_from_official(cfg: Mapping[str, Any], *, vocab_size: int, exact: bool = True) -> list[str]:
+    """A fairseq `data2vec_multi` model configuration for text as `key=value` words for `d2v_core.config.load_config`.
+
+    vocab_size: rows of the token table, which the model configuration does not say. exact: also do as fairseq does
+    where d2v does otherwise (official_quirks, padding in the statistics of targets).
+    Raises UserError naming every key that is missing, unknown, or has a value that d2v cannot reproduce.
+    """
+    settings = Settings(cfg, "TEXT")
+    take = settings.take
+    for key, possible in (
+        ("ema_encoder_only", True),
+        ("modality.ema_local_encoder", False),
+        ("modality.num_extra_tokens", 0),
+        ("modality.prenet_depth", 0),
+        ("modality.local_grad_mult", 1.0),
+        ("modality.mask_length", 1),  # masks of spans are drawn in another way there
+        ("modality.learned_pos", True),
+        ("modality.no_scale_embedding", True),
+        ("modality.layernorm_embedding", True),
+        ("modality.no_token_positional_embeddings", False),
+    ):
+        settings.fixed(key, possible)
+    settings.without_alibi()
+    shared = settings.shared(exact)
+    positions = take("modality.max_source_positions", 512)
+    return settings.words({
+        "modality": "text",
+        "preset": "base2",
+        "encoder": "embedding",
+        **{key: value for key, value in shared.items() if not key.startswith("prenet.")},
+        "mask.adjust": 0.0,  # single tokens do not overlap
+        "mask.inverse": True,  # it is the visible share that is rounded down
+        "embedding.vocab_size": vocab_size,
+        "embedding.max_positions": positions,
+        "embedding.dropout": take("modality.dropout", 0.1),
+        "data.block_tokens": min(512, positions),
+    })  # fmt: skip

@@ -1,0 +1,96 @@
+"""data2vec 2.0 on text: sizes of the official models, masks, updates, what the teacher sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_core.batching import StepLoader
+from d2v_core.config import load_config
+from d2v_core.contract import Layout
+from d2v_core.keyed import generator
+from d2v_core.run import build_model
+from d2v_core.trainer import Updater
+from d2v_text.modality import TextModality
+
+SMALL = ("preset=base2", "model.embed_dim=32", "model.num_layers=2", "model.num_heads=4", "target.top_k_layers=2",
+         "embedding.max_positions=48", "data.block_tokens=48", "data.batch_tokens=192", "data.micro_batch_tokens=96",
+         "data.grammar_documents=20", "decoder.dim=16", "decoder.layers=2", "train.num_masks=3")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def modality(*words: str) -> TextModality:
+    options = dict(word.split("=", 1) for word in words)  # the last word counts
+    config, kind = load_config(["modality=text", *(f"{k}={v}" for k, v in options.items())], lambda name: TextModality)
+    made = kind(config)
+    assert isinstance(made, TextModality)
+    return made
+
+
+def count(parameters: Any) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize(
+    ("preset", "pretraining", "without_decoder", "averaged", "hidden"),
+    [("base2", 152_961_792, 124_054_272, 85_054_464, 246), ("large2", 385_379_584, 354_309_120, 302_309_376, 256),
+     ("large2_1m", 385_379_584, 354_309_120, 302_309_376, 256)],
+)  # fmt: skip
+def test_sizes_of_the_official_models(preset, pretraining, without_decoder, averaged, hidden):
+    made = modality(f"preset={preset}", "embedding.vocab_size=50265")
+    with torch.device("meta"):
+        model = build_model(made)
+    assert count(p for p in model.parameters() if p.requires_grad) == pretraining
+    assert count(model.student.parameters()) == without_decoder
+    own = {id(p) for p in model.student.parameters()}
+    assert count(p for p in model.teacher.parameters() if id(p) not in own) == averaged
+    masks = made.masking()([Layout((512,))], made.config.train.num_masks, [generator(0, "m")])
+    assert masks.num_copies == 8 and (masks.hidden.sum(-1) == hidden).all()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("official_quirks=true",), ("data.break_mode=document",), ("data.break_mode=document", "official_quirks=true"),
+     ("train.precision=bf16",)],
+    ids=["plain", "quirks", "padded", "quirks padded", "bf16"],
+)  # fmt: skip
+def test_updates(words: tuple[str, ...]):
+    made = modality(*SMALL, *words)
+    model = build_model(made).train()
+    updater = Updater(model, made.config, torch.device("cpu"))
+    dataset, copies = made.dataset("train"), made.config.train.num_masks
+    steps = iter(StepLoader(made, dataset, seed=0, num_copies=copies))
+    for step in range(3):
+        _, _, batches = next(steps)
+        result = updater.update(step, batches, made.teacher_inputs).numbers()
+        assert np.isfinite(list(result.values())).all() and 0.1 < result["target_std"] <= 1.01
+    assert not {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+def test_dropout_reaches_the_teacher_only_where_the_official_code_is_reproduced(quirks: bool):
+    made = modality(*SMALL, "embedding.dropout=0.5", f"official_quirks={str(quirks).lower()}")
+    model = build_model(made).train()
+    _, _, (batch, *_) = next(iter(StepLoader(made, made.dataset("train"), seed=0, num_copies=3)))
+    assert batch.masks is not None
+    first, second = (model(batch.inputs, batch.masks).target for _ in range(2))
+    assert torch.equal(first, second) != quirks
+    view = model.student.encoder.view(model.student.encoder.embed(batch.inputs), batch.masks)
+    dropped = (view.x == 0).float().mean(2)
+    assert 0.3 < dropped.mean() < 0.7
+    model.eval()
+    view = model.student.encoder.view(model.student.encoder.embed(batch.inputs), batch.masks)
+    assert (view.x == 0).float().mean() < 0.01
+
+
+def test_the_teacher_shares_the_whole_encoder():
+    model = build_model(modality(*SMALL))
+    assert model.teacher.shares("encoder") and not model.teacher.shares("transformer")
