@@ -130,3 +130,15 @@ def test_visible_patches_stand_behind_cls_with_their_own_positions() -> None:
     for row in range(6):
         torch.testing.assert_close(some.x[row, 1:], whole.x[row // 3, 1:][index[row]])
         torch.testing.assert_close(some.x[row, 0], whole.x[0, 0])
+
+
+def test_depths_for_learning_rates_of_fine_tuning() -> None:
+    """Prenet and shared blocks are counted through; everything else learns as fast as the head (fairseq: 3 + 2 blocks,
+    factor decay^(6 - i) for block i from 1)."""
+    made = modality(*SMALL, "prenet.layers=3")
+    depth = {name: made.layer_of(name) for name, _ in build_model(made).student.named_parameters()}
+    top = 3
+    steps = [top - depth[f"encoder.prenet.transformer.blocks.{i}.fc1.weight"] for i in range(3)]
+    steps += [top - depth[f"transformer.blocks.{i}.fc1.weight"] for i in range(2)]
+    assert steps == [5, 4, 3, 2, 1]
+    assert {d for name, d in depth.items() if "blocks." not in name} == {top}

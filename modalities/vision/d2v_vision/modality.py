@@ -31,6 +31,7 @@ from d2v_vision.labelled import AugmentConfig, middle, mix, open_task, training_
 from d2v_vision.masking import BlockMasking, BlockMaskingConfig
 from d2v_vision.synthetic import SyntheticShapes
 
+PRENET = "encoder.prenet.transformer.blocks."
 POSITIONS = "encoder.positions."
 
 
@@ -154,7 +155,7 @@ class VisionModality(Modality[ImageSample]):
         return shape_probe(self) if self.data.image_size >= 16 else None
 
     def task(self) -> Task[ImageSample]:
-        task = open_task(self.data, self.features.patch_size)
+        task = open_task(self.data, self.patch_size)
         if self.config.stage == "finetune":
             training_transform(self.data, self.augment)  # timm's import takes seconds: workers inherit it
         return task
@@ -172,6 +173,8 @@ class VisionModality(Modality[ImageSample]):
 
     def adapt(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Where each block is to have a bias of its own, a shared one is copied into all of them."""
+        if self.visible_only:
+            return state
         if self.features.bias == "shared":
             if f"{POSITIONS}0.table" in state:
                 raise UserError(
@@ -189,7 +192,17 @@ class VisionModality(Modality[ImageSample]):
         return adapted
 
     def layer_of(self, name: str) -> int:
-        """A block's own bias counts as the block, a shared one as what comes after all (BEiT: optim_factory.py)."""
+        """1.0: a block's own bias counts as the block, a shared one as what comes after all (BEiT: optim_factory.py).
+
+        2.0: prenet blocks lie below the others, at 0 and less, and what is no block learns as fast as the head (fairseq:
+        examples/data2vec/models/mae_image_classification.py).
+        """
+        if self.visible_only:
+            if name.startswith(PRENET):
+                prenet = self.config.section("prenet", PrenetConfig)
+                return int(name.removeprefix(PRENET).split(".")[0]) + 1 - prenet.layers
+            block = name.startswith("transformer.blocks.")
+            return super().layer_of(name) if block else self.config.model.num_layers + 1
         if name.startswith(POSITIONS):
             number = name.removeprefix(POSITIONS).split(".")[0]
             return int(number) + 1 if number.isdecimal() else self.config.model.num_layers + 1
