@@ -431,8 +431,8 @@ class Modality(ABC, Generic[SampleT]):
     def layer_of(self, name: str) -> int:
         """Depth of a parameter of the student, for learning rates that fall towards the input.
 
-        0 = what makes the tokens, i = block number i from 1, num_layers + 1 = what comes after the blocks; below 0 where
-        there are blocks before those.
+        0 = what makes the tokens, i = block number i from 1, num_layers + 1 = what comes after the blocks; 0 and below,
+        blocks that come before those.
         """
         if name.startswith("transformer.blocks."):
             return int(name.split(".")[2]) + 1

@@ -194,8 +194,8 @@ class VisionModality(Modality[ImageSample]):
     def layer_of(self, name: str) -> int:
         """1.0: a block's own bias counts as the block, a shared one as what comes after all (BEiT: optim_factory.py).
 
-        2.0: prenet blocks lie below the others, at 0 and less, and what is no block learns as fast as the head (fairseq:
-        examples/data2vec/models/mae_image_classification.py).
+        2.0: prenet blocks lie below the others, at 0 and less, and what is no block learns as fast as the head
+        (fairseq: examples/data2vec/models/mae_image_classification.py).
         """
         if self.visible_only:
             if name.startswith(PRENET):
