@@ -10,7 +10,7 @@ file is there is not run again, and one that was stopped goes on. Choices (best 
 held-out training data; the test part, for GLUE its dev part, is scored once.
 
 Baselines by name: vision, ResNet-20 (He et al. 2016, arXiv:1512.03385, section 4.2) with the same labels, augmentation
-and choice of the best step; text, TF-IDF of words and pairs of words with logistic regression (scikit-learn).
+and choice of the best step; text, TF-IDF of tokens and pairs of tokens with logistic regression (scikit-learn).
 """
 
 from __future__ import annotations
@@ -113,17 +113,15 @@ def resnet20(words: Sequence[str], out: Path) -> Mapping[str, Any]:
 
 
 def tfidf(words: Sequence[str], out: Path) -> Mapping[str, Any]:
-    """Counts as `TextModality` reads the sentences; the penalty is chosen on the dev part."""
+    """Of the tokens that the network is given, each a word; the penalty is chosen on the dev part."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
     config, kind = load_config([*words, f"out={out}"])
-    modality: Any = kind(config)
-    split = open_task(modality)
+    split = open_task(kind(config))
 
     def part(part: Any) -> list[str]:
-        tokenizer = modality.tokenizer.tokenizer
-        return [tokenizer.decode([int(i) for i in part.samples[n]]) for n in range(len(part.samples))]
+        return [" ".join(map(str, part.samples[n][1:-1])) for n in range(len(part.samples))]
 
     assert split.task.test is not None
     train, dev, test = part(split.train), part(split.dev), part(split.task.test)
