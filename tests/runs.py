@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from torch import Tensor, equal
 
 from d2v_core import checkpoint, cli
+from d2v_core.config import load_config
+from d2v_core.contract import Modality
 
 SMALL = {"model.embed_dim": "32", "model.num_layers": "2", "model.num_heads": "2", "target.top_k_layers": "2"}
 SHORT = {
@@ -33,6 +35,20 @@ IMAGES = {
     "data.batch": "8",
 }
 TIMES = ("throughput", "data_wait", "seconds")  # of a line of metrics.jsonl, which no two runs share
+
+
+ModalityT = TypeVar("ModalityT", bound=Modality[Any])
+
+
+def modality_of(kind: type[ModalityT], words: Sequence[str]) -> ModalityT:
+    """A modality made from `key=value` words, of which the last of the same key counts."""
+    chosen = [f"modality={kind.name}", *(f"{key}={value}" for key, value in options(tuple(words)).items())]
+    return kind(load_config(chosen, lambda name: kind)[0])
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    """How many numbers they hold."""
+    return sum(p.numel() for p in parameters)
 
 
 class Answer(NamedTuple):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -11,12 +9,13 @@ import torch
 from d2v_audio.data import AudioSample
 from d2v_audio.modality import AudioModality
 from d2v_core.batching import StepLoader
-from d2v_core.config import load_config
 from d2v_core.contract import Masks
 from d2v_core.decoder import ConvDecoder
 from d2v_core.keyed import generator
 from d2v_core.run import build_model
 from d2v_core.trainer import Updater
+
+from ..runs import count, modality_of
 
 WAVEFORM = ("preset=base2", "data.synthetic_clips=8", "data.batch_s=8", "data.micro_batch_s=4", "data.min_s=0.5",
             "data.max_s=3", "model.embed_dim=32", "model.num_heads=4", "model.num_layers=2", "target.top_k_layers=2",
@@ -24,22 +23,11 @@ WAVEFORM = ("preset=base2", "data.synthetic_clips=8", "data.batch_s=8", "data.mi
             "features.channels=16")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def modality(*words: str) -> AudioModality:
-    options = dict(word.split("=", 1) for word in words)  # the last word counts
-    config, kind = load_config(["modality=audio", *(f"{k}={v}" for k, v in options.items())], lambda _: AudioModality)
-    made = kind(config)
-    assert isinstance(made, AudioModality)
-    return made
-
-
-def count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)
+    return modality_of(AudioModality, words)
 
 
 @pytest.mark.parametrize(

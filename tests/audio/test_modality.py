@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +14,12 @@ from d2v_audio.data import AudioSample, normalise
 from d2v_audio.modality import AudioModality
 from d2v_core import cli
 from d2v_core.batching import StepLoader
-from d2v_core.config import load_config
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator
 from d2v_core.run import build_model
 from d2v_core.trainer import Updater
+
+from ..runs import count, modality_of
 
 SMALL = ("data.synthetic_clips=8", "model.embed_dim=32", "model.num_layers=2", "target.top_k_layers=2",
          "positions.groups=4")  # fmt: skip
@@ -27,11 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def modality(*words: str) -> AudioModality:
-    return AudioModality(load_config(["modality=audio", *words], lambda name: AudioModality)[0])
-
-
-def count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)
+    return modality_of(AudioModality, words)
 
 
 @pytest.mark.parametrize(

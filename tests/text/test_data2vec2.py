@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from d2v_core.batching import StepLoader
-from d2v_core.config import load_config
 from d2v_core.contract import Layout
 from d2v_core.keyed import generator
 from d2v_core.run import build_model
 from d2v_core.trainer import Updater
 from d2v_text.modality import TextModality
 
+from ..runs import count, modality_of
+
 SMALL = ("preset=base2", "model.embed_dim=32", "model.num_layers=2", "model.num_heads=4", "target.top_k_layers=2",
          "embedding.max_positions=48", "data.block_tokens=48", "data.batch_tokens=192", "data.micro_batch_tokens=96",
          "data.grammar_documents=20", "decoder.dim=16", "decoder.layers=2", "train.num_masks=3")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def modality(*words: str) -> TextModality:
-    options = dict(word.split("=", 1) for word in words)  # the last word counts
-    config, kind = load_config(["modality=text", *(f"{k}={v}" for k, v in options.items())], lambda name: TextModality)
-    made = kind(config)
-    assert isinstance(made, TextModality)
-    return made
-
-
-def count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)
+    return modality_of(TextModality, words)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 
 from d2v_core import checkpoint
 from d2v_core.batching import StepLoader
-from d2v_core.config import load_config
 from d2v_core.contract import Batch
 from d2v_core.errors import UserError
 from d2v_core.run import build_model, model_state
@@ -22,13 +20,15 @@ from d2v_text.masking import NOT_SELECTED
 from d2v_text.modality import TextModality
 from d2v_text.tokenizer import BOS, PAD, train_tokenizer
 
+from ..runs import count, modality_of
+
 SMALL = ("data.grammar_documents=20", "data.batch_tokens=512", "model.embed_dim=32", "model.num_layers=2",
          "target.top_k_layers=2")  # fmt: skip
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def modality(*words: str) -> TextModality:
-    return TextModality(load_config(["modality=text", *words], lambda name: TextModality)[0])
+    return modality_of(TextModality, words)
 
 
 @pytest.fixture
@@ -37,10 +37,6 @@ def tokenizer(tmp_path: Path) -> Path:
         str(tmp_path / "t.json")
     )
     return tmp_path / "t.json"
-
-
-def count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)
 
 
 def test_parameter_counts_of_the_official_base_model():

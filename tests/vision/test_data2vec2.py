@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from d2v_core.batching import StepLoader
-from d2v_core.config import load_config
 from d2v_core.contract import Layout
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator
@@ -18,30 +15,19 @@ from d2v_core.trainer import Updater
 from d2v_vision.feature_encoder import sine_positions
 from d2v_vision.modality import VisionModality
 
+from ..runs import count, modality_of
+
 SMALL = ("preset=base2", "data.synthetic_images=16", "data.batch=8", "data.micro_batch=4", "model.embed_dim=16",
          "model.num_layers=2", "model.num_heads=2", "target.top_k_layers=2", "data.image_size=32",
          "features.patch_size=4", "decoder.dim=16", "decoder.groups=4", "decoder.layers=2",
          "train.num_masks=3")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def modality(*words: str) -> VisionModality:
-    options = dict(word.split("=", 1) for word in words)  # the last word counts
-    config, kind = load_config(
-        ["modality=vision", *(f"{k}={v}" for k, v in options.items())], lambda name: VisionModality
-    )  # fmt: skip
-    made = kind(config)
-    assert isinstance(made, VisionModality)
-    return made
-
-
-def count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)
+    return modality_of(VisionModality, words)
 
 
 @pytest.mark.parametrize(

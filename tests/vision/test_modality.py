@@ -20,6 +20,8 @@ from d2v_vision import data, official
 from d2v_vision.feature_encoder import IdentityPredictor
 from d2v_vision.modality import VisionModality
 
+from ..runs import modality_of
+
 PRESETS = sorted(
     path.stem for path in VisionModality.recipes().glob("*.yaml") if "method: data2vec2" not in path.read_text()
 )
@@ -34,7 +36,7 @@ def configured(*words: str) -> RunConfig:
 
 
 def modality(*words: str) -> VisionModality:
-    return VisionModality(configured(*words))
+    return modality_of(VisionModality, words)
 
 
 @pytest.mark.parametrize(("preset", "number"), [("base", 86_256_720), ("large", 304_186_816)])
