@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from d2v_core.config import RunConfig, read_yaml
+from d2v_core import plugins
+from d2v_core.config import RunConfig, from_dict, read_yaml
 from d2v_core.errors import UserError
 
 # Changing these between the parts of a run changes none of its numbers.
@@ -100,7 +101,8 @@ def _compare(stored: Mapping[str, Any], config: RunConfig, path: Path) -> None:
             f"{path / 'config.yaml'} is damaged: it has no key `modality`. Restore it from a copy, or start anew with "
             "another out=FOLDER."
         )
-    before, now = _flatten(stored), _flatten(config.to_dict())
+    now = _flatten(config.to_dict())
+    before = {**_defaults(stored, config, path), **_flatten(stored)}
     changed = {
         key: (before.get(key), now.get(key))
         for key in before.keys() | now.keys()
@@ -116,6 +118,16 @@ def _compare(stored: Mapping[str, Any], config: RunConfig, path: Path) -> None:
             "Give the stored values, or start a new run"
             + (f" with from={path}." if stored.get("stage", "pretrain") == "pretrain" else " with another out=FOLDER.")
         )
+
+
+def _defaults(stored: Mapping[str, Any], config: RunConfig, path: Path) -> dict[str, Any]:
+    """Every option with the value that it has where a stored run says nothing, as one does that is older than it."""
+    if stored["modality"] != config.modality:
+        return {}
+    try:
+        return _flatten(from_dict(stored, plugins.load(config.modality), str(path / "config.yaml")).to_dict())
+    except UserError:
+        return {}  # what is wrong with it is among what differs
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from d2v_core import load
 from d2v_core.checkpoint import list_checkpoints
@@ -203,6 +204,20 @@ def test_real_signals(d2v, read_run, straight, environment, tmp_path):
         assert folder.name < f"step-{STEPS:08d}"
         assert d2v(*words(out, "resume=auto"))[0] == 0
         assert_same(read_run, out, straight)
+
+
+def test_a_run_that_is_older_than_an_option_goes_on(d2v, straight, read_run, tmp_path):
+    """Its config.yaml does not name the option; a value other than the default is still refused."""
+    out = tmp_path / "old"
+    with stopping_after(4):
+        assert d2v(*words(out))[0] == 130
+    stored = read_yaml(out / "config.yaml")
+    del stored["method"], stored["labels"], stored["train"]["num_masks"], stored["data"]["extra_tokens"]
+    OmegaConf.save(OmegaConf.create(stored), out / "config.yaml")
+    status, text = d2v(*words(out, "resume=auto", "data.extra_tokens=1"))
+    assert status == 2 and "data.extra_tokens: stored 0, now 1" in text
+    assert d2v(*words(out, "resume=auto"))[0] == 0
+    assert_same(read_run, straight, out)
 
 
 def test_another_configuration_is_refused_and_its_keys_are_named(d2v, monkeypatch, tmp_path):
