@@ -111,10 +111,6 @@ class Data2Vec(nn.Module):
             target_std=channel_std(target),
         )
 
-    def target(self, tokens: Tokens, inputs: Mapping[str, Tensor], masks: Masks, same_inputs: bool = True) -> Tensor:
-        """What the teacher makes of the whole input, at the scored places: (N, D) float32."""
-        return at_scored(self.teach(tokens, inputs, same_inputs), masks)
-
     @torch.no_grad()
     def teach(self, tokens: Tokens, inputs: Mapping[str, Tensor], same_inputs: bool = True) -> Tensor:
         """The target at every place, (B, T, D) float32: once per sample, however many masked copies of it there are.

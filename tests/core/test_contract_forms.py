@@ -175,7 +175,7 @@ def test_visible_tokens_only_with_several_copies_and_one_teacher_pass():
     assert net.student.encoder.calls == 1 and net.teacher.module.encoder.calls == 0
     assert out.target.shape == (B * M * 4, D)
     # The target at a place is the same in every copy that hides it: one teacher pass per sample.
-    whole = net.target(net.student.encoder.embed({"ids": ids()}), {}, Masks.of(np.ones((B, 1, T), bool))).view(B, T, D)
+    whole = net.teach(net.student.encoder.embed({"ids": ids()}), {})
     at = 0
     for b in range(B):
         for m in range(M):

@@ -92,11 +92,25 @@ def override(patch: pytest.MonkeyPatch, official: Any, word: str) -> None:
     )  # fmt: skip
 
 
+def teacher_is_given(patch: pytest.MonkeyPatch, change: Callable[[Data2Vec, Tokens, Any, Masks], Any]) -> None:
+    """change: from model, tokens, inputs and masks to the tokens and inputs that the teacher then gets."""
+
+    def forward(original: Any, self: Data2Vec, inputs: Any, masks: Masks, *rest: Any) -> Any:
+        patch.setattr(
+            self, "teach",
+            lambda tokens, given, same=True: Data2Vec.teach(self, *change(self, tokens, given, masks), same),
+            raising=False,
+        )  # fmt: skip
+        return original(self, inputs, masks, *rest)
+
+    wrap(patch, Data2Vec, "forward", forward)
+
+
 def teacher_sees_what_is_hidden_as_hidden(patch: pytest.MonkeyPatch, vector: str) -> None:
     """Its tokens, too, are replaced by a vector of the feature encoder. vector: the name of that parameter."""
 
-    def target(original: Any, self: Data2Vec, tokens: Tokens, inputs: Any, masks: Masks, *rest: Any) -> Any:
+    def change(self: Data2Vec, tokens: Tokens, inputs: Any, masks: Masks) -> Any:
         x = torch.where(masks.hidden[:, 0, :, None], getattr(self.student.encoder, vector), tokens.x)
-        return original(self, dataclasses.replace(tokens, x=x), inputs, masks, *rest)
+        return dataclasses.replace(tokens, x=x), inputs
 
-    wrap(patch, Data2Vec, "target", target)
+    teacher_is_given(patch, change)

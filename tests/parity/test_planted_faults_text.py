@@ -22,7 +22,7 @@ from d2v_text.feature_encoder import RegressionHead, TextEncoder, TokenEmbedding
 from d2v_text.modality import TextModality
 
 from .finder import Fixture, find, root_of
-from .planting import Faults, Plant, override, wrap
+from .planting import Faults, Plant, override, teacher_is_given, wrap
 from .test_text import is_text
 from .text_checks import check_single_step, is_pipeline
 
@@ -243,12 +243,11 @@ def queries_and_keys_swapped(patch: pytest.MonkeyPatch) -> None:
 
 @fault("target")
 def teacher_reads_the_masked_text(patch: pytest.MonkeyPatch) -> None:
-    def target(original: Any, self: Data2Vec, tokens: Tokens, inputs: Any, masks: Masks, *rest: Any) -> Any:
+    def change(self: Data2Vec, tokens: Tokens, inputs: Any, masks: Masks) -> Any:
         assert masks.fill is not None
-        ids = torch.where(masks.hidden[:, 0], masks.fill[:, 0], inputs["ids"])
-        return original(self, tokens, {**inputs, "ids": ids}, masks, *rest)
+        return tokens, {**inputs, "ids": torch.where(masks.hidden[:, 0], masks.fill[:, 0], inputs["ids"])}
 
-    wrap(patch, Data2Vec, "target", target)
+    teacher_is_given(patch, change)
 
 
 # -------------------------------------------------------------------------------------------------------- tests

@@ -59,10 +59,7 @@ def check_single_step(fixture: Fixture, changes: Mapping[str, str] | None = None
     for i in range(config.model.num_layers):
         c.tensor(f"student_layer.{i}", seen[f"student.{i}"].out[0], ACTIVATION)
         c.tensor(f"target_layer.{i}", seen[f"teacher.{i}"].out[0 if at_block else 1][:, 1:], ACTIVATION)
-    everywhere = Masks.of(torch.ones_like(masks.hidden))
-    tokens = model.student.encoder.embed(inputs)
-    c.tensor("target_full", model.target(tokens, inputs, everywhere).view(len(tokens.x), -1, tokens.x.shape[2]),
-             ACTIVATION)  # fmt: skip
+    c.tensor("target_full", model.teach(model.student.encoder.embed(inputs), inputs), ACTIVATION)
     c.tensor("target", out.target, ACTIVATION)
     c.tensor("pred", out.prediction, ACTIVATION)
     c.tensor("loss.regression", out.loss_sum, LOSS)
