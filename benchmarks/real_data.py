@@ -182,7 +182,15 @@ def text_cells(corpus: Path, glue: Path, out: Path, seeds: Sequence[int], more: 
     return cells
 
 
-def run_cell(cell: Cell, out: Path, results: Path) -> None:
+def without_places(content: Any, places: Mapping[str, str]) -> Any:
+    """The same JSON, with the names of folders of one machine replaced."""
+    text = json.dumps(content)
+    for place, name in places.items():
+        text = text.replace(json.dumps(place)[1:-1], name)
+    return json.loads(text)
+
+
+def run_cell(cell: Cell, out: Path, results: Path, places: Mapping[str, str]) -> None:
     name = f"{cell.name}-{cell.seed}".replace(", ", "-").replace("%", "pc").replace(" ", "-")
     path, folder = results / f"{name}.json", out / name
     if path.is_file():
@@ -199,11 +207,12 @@ def run_cell(cell: Cell, out: Path, results: Path) -> None:
         summary = json.loads((folder / "summary.json").read_text())
     summary.pop("train", None)  # the list of ids, which stays in the run folder
     results.mkdir(parents=True, exist_ok=True)
-    write_json(path, {
-        "cell": cell.name, "seed": cell.seed, "command": " ".join(["d2v run", *words]),
+    result = {
+        "cell": cell.name, "seed": cell.seed, "command": " ".join(["d2v run" if cell.do is None else "baseline", *words]),
         "cpu_seconds": round(_cpu_seconds() - cpu, 1), "wall_seconds": round(time.perf_counter() - started, 1),
         "date": time.strftime("%Y-%m-%d"), "machine": machine(), "summary": summary,
-    })  # fmt: skip
+    }  # fmt: skip
+    write_json(path, without_places(result, places))
 
 
 def _cpu_seconds() -> float:
@@ -271,6 +280,9 @@ def main() -> None:
         parser.error("data, --kind, --out and --results are needed")
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    places = {str(out): f"runs/{given.kind}", str(given.data.resolve()): given.data.resolve().name}
+    places |= {str(given.glue.resolve()): "glue"} if given.glue else {}
+    places[str(Path.home())] = "~"
     if given.kind == "vision":
         cells = vision_cells(given.data.resolve(), out, given.seeds, given.more)
     else:
@@ -282,7 +294,7 @@ def main() -> None:
         cells = text_cells(given.data.resolve(), given.glue.resolve(), out, given.seeds, given.more)
     for cell in cells:
         if given.only is None or cell.name in given.only:
-            run_cell(cell, out, given.results)
+            run_cell(cell, out, given.results, places)
     print(table(given.results))
 
 
