@@ -207,8 +207,9 @@ def run_cell(cell: Cell, out: Path, results: Path, places: Mapping[str, str]) ->
         summary = json.loads((folder / "summary.json").read_text())
     summary.pop("train", None)  # the list of ids, which stays in the run folder
     results.mkdir(parents=True, exist_ok=True)
+    verb = "d2v run" if cell.do is None else "baseline"
     result = {
-        "cell": cell.name, "seed": cell.seed, "command": " ".join(["d2v run" if cell.do is None else "baseline", *words]),
+        "cell": cell.name, "seed": cell.seed, "command": " ".join([verb, *words]),
         "cpu_seconds": round(_cpu_seconds() - cpu, 1), "wall_seconds": round(time.perf_counter() - started, 1),
         "date": time.strftime("%Y-%m-%d"), "machine": machine(), "summary": summary,
     }  # fmt: skip
