@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from d2v_core.errors import UserError
 
 T = TypeVar("T")
+TEACHER = "_ema"  # key under which fairseq nests the teacher's weights in the student's state
 THREE = "[qkv]"  # in an official name: there are three of it, of queries, keys and values
 STACKED = "qkv"  # d2v has one tensor instead, whose rows stand in this order
 
@@ -130,6 +131,17 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters() if not name.startswith("teacher.")}
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 class Options:
     """A stored official configuration, read option by option. What does not fit is collected, to be named at once."""
 
@@ -169,7 +181,7 @@ class Options:
         Raises UserError with all the problems, where there are any.
         """
         unknown = ", ".join(unknown)
-        problems = [*self.problems, *([f"unknown: {unknown}"] if unknown else [])]
+        problems = [*dict.fromkeys(self.problems), *([f"unknown: {unknown}"] if unknown else [])]
         if problems:
             raise UserError(
                 f"The official configuration does not fit {method} as d2v has it:\n  " + "\n  ".join(problems)

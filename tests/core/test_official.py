@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from d2v_core.errors import UserError
-from d2v_core.official import NameTable, Options, fairseq_blocks, gradients, moved
+from d2v_core.official import NameTable, Options, fairseq_blocks, flattened, gradients, moved
 
 TABLE = NameTable(
     (
@@ -63,6 +63,10 @@ def test_names_are_moved():
     assert moved({"x.a": 1, "c": 2}, "x.", "") == {"a": 1, "c": 2}
 
 
+def test_sections_become_one():
+    assert flattened({"a": 1, "b": {"c": {"d": [2]}, "e": None}, "f": {}}) == {"a": 1, "b.c.d": [2], "b.e": None}
+
+
 def test_gradients_leave_the_teacher_out():
     model = nn.ModuleDict({"student": nn.Linear(1, 1), "teacher": nn.Linear(1, 1)})
     model["student"].weight.sum().backward()  # pyright: ignore
@@ -87,6 +91,7 @@ def test_all_that_does_not_fit_is_named_at_once():
     options.fixed({"only": "this", "absent": 1})
     taken = [options.take("depth", int), options.take("flag", bool), options.take("number", (int, float))]
     assert taken == [None] * 3 and options.take("missing", int) is None and options.take("anything") is True
+    options.take("depth", int)  # named once, however often it is asked for
     with pytest.raises(UserError) as caught:
         options.words({}, "data2vec", options.left())
     assert str(caught.value) == (

@@ -18,9 +18,7 @@ from d2v_audio.feature_encoder import WaveformConfig
 from d2v_core.config import RunConfig
 from d2v_core.errors import UserError
 from d2v_core.files import first
-from d2v_core.official import NameTable, Options, fairseq_blocks, gradients, moved
-
-TEACHER = "_ema"  # key under which fairseq nests the teacher's weights in the student's state
+from d2v_core.official import TEACHER, NameTable, Options, fairseq_blocks, gradients, moved
 
 # ---------------------------------------------------------------------------------------------------------- names
 

@@ -7,29 +7,35 @@ from typing import Any
 
 from d2v_audio.official import parse_conv_layers
 from d2v_core.config import RunConfig
-from d2v_core.decoder import DecoderConfig
-from d2v_core.official2 import Names, Row, Settings
+from d2v_core.official2 import Names, Settings
+from d2v_core.positions import ConvPositionsConfig
 from d2v_core.visible import AlibiConfig, PrenetConfig
 
 _EMBEDDING = "student.encoder.embedding."
 _ROWS = (
-    Row("local_encoder.conv_layers.#.0.", _EMBEDDING + "convs.#."),
-    Row("local_encoder.conv_layers.#.2.1.", _EMBEDDING + "norms.#."),
-    Row("project_features.1.", _EMBEDDING + "norm."),
-    Row("project_features.2.", _EMBEDDING + "project."),
-    # The first module there is a transpose.
-    Row("relative_positional_encoder.#.0.", "student.encoder.positions.convs.#.", first=1),
+    ("local_encoder.conv_layers.#.0.", _EMBEDDING + "convs.#."),
+    ("local_encoder.conv_layers.#.2.1.", _EMBEDDING + "norms.#."),
+    ("project_features.1.", _EMBEDDING + "norm."),
+    ("project_features.2.", _EMBEDDING + "project."),
 )
 
 
 def names(config: RunConfig) -> Names:
     """The map of names for encoder=waveform with a layer norm after every convolution."""
+    depth = config.section("positions", ConvPositionsConfig).depth
     per_layer = config.section("alibi", AlibiConfig).per_layer
     return Names(
+        config,
         "AUDIO",
-        _ROWS,
+        (
+            *_ROWS,
+            # The first module there is a transpose.
+            *(
+                (f"relative_positional_encoder.{i + 1}.0.", f"student.encoder.positions.convs.{i}.")
+                for i in range(depth)
+            ),
+        ),
         alibi_layers=config.section("prenet", PrenetConfig).layers + config.model.num_layers if per_layer else 1,
-        num_projections=config.section("decoder", DecoderConfig).projection_layers,
     )
 
 
@@ -41,20 +47,18 @@ def config_from_official(cfg: Mapping[str, Any], *, exact: bool = True) -> list[
     """
     settings = Settings(cfg, "AUDIO")
     take = settings.take
-    for key, possible in (
-        ("ema_encoder_only", False),
-        ("modality.ema_local_encoder", False),
-        ("modality.num_extra_tokens", 0),
-        ("modality.extractor_mode", "layer_norm"),
-        ("modality.conv_pos_pre_ln", False),
-    ):
-        settings.fixed(key, possible)
-    convs = parse_conv_layers(
-        take("modality.feature_encoder_spec", "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] * 2")
-    )
+    settings.fixed({
+        "ema_encoder_only": False,
+        "modality.ema_local_encoder": False,
+        "modality.num_extra_tokens": 0,
+        "modality.extractor_mode": "layer_norm",
+        "modality.conv_pos_pre_ln": False,
+    })  # fmt: skip
+    spec = take("modality.feature_encoder_spec", str, "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] * 2")
+    convs = parse_conv_layers(spec or "[(1, 1, 1)]")
     if len({channels for channels, _, _ in convs}) > 1:
-        settings.fail("modality.feature_encoder_spec has layers of several widths: d2v has one")
-    return settings.words({
+        settings.problems.append("modality.feature_encoder_spec has layers of several widths: d2v has one")
+    return settings.all_words({
         "modality": "audio",
         "preset": "base2",
         "encoder": "waveform",
@@ -65,8 +69,8 @@ def config_from_official(cfg: Mapping[str, Any], *, exact: bool = True) -> list[
         "features.strides": [stride for _, _, stride in convs],
         "features.norm": "layer",
         "features.bias": False,
-        "features.grad_mult": take("modality.local_grad_mult", 1.0),
-        "positions.depth": take("modality.conv_pos_depth", 5),
-        "positions.width": take("modality.conv_pos_width", 95),
-        "positions.groups": take("modality.conv_pos_groups", 16),
+        "features.grad_mult": take("modality.local_grad_mult", (int, float), 1.0),
+        "positions.depth": take("modality.conv_pos_depth", int, 5),
+        "positions.width": take("modality.conv_pos_width", int, 95),
+        "positions.groups": take("modality.conv_pos_groups", int, 16),
     })  # fmt: skip

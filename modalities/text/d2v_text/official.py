@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from d2v_core.errors import UserError
 from d2v_core.files import first
-from d2v_core.official import NameTable, Options, fairseq_blocks, gradients, moved
+from d2v_core.official import TEACHER, NameTable, Options, fairseq_blocks, flattened, gradients, moved
 
-TEACHER = "_ema"  # key under which fairseq nests the teacher's weights in the student's state
 SENTENCE = "encoder.sentence_encoder."  # what the teacher is a copy of
 VERSION = SENTENCE + "version"  # a buffer that says 3 in every file
 FINGERPRINT = "student.encoder.embedding.fingerprint"  # ours alone; 0 = the vocabulary is not known
@@ -115,7 +114,7 @@ def config_from_official(cfg: Mapping[str, Any], *, vocab_size: int, exact: bool
             the section `transformer`, which also serves a decoder that this model does not have, what is not known is
             passed over.
     """
-    options = Options(_flatten(cfg))
+    options = Options(flattened(cfg))
     options.fixed(_FIXED)
     take = options.take
     dim, hidden = take("transformer.encoder.embed_dim", int) or 1, take("transformer.encoder.ffn_embed_dim", int) or 1
@@ -155,13 +154,3 @@ def config_from_official(cfg: Mapping[str, Any], *, vocab_size: int, exact: bool
         )
     unknown = (key for key in options.left() if key not in _INERT and not key.startswith("transformer."))
     return options.words(values, "data2vec text 1.0", unknown)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

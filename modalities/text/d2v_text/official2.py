@@ -8,22 +8,21 @@ from typing import Any
 import torch
 
 from d2v_core.config import RunConfig
-from d2v_core.decoder import DecoderConfig
-from d2v_core.official2 import Names, Row, Settings
+from d2v_core.official2 import Names, Settings
 from d2v_text.official import FINGERPRINT
 
 _ROWS = (
-    Row("local_encoder.embed_tokens.", "student.encoder.embedding.table."),
-    Row("local_encoder.embed_positions.", "student.encoder.positions."),
-    Row("local_encoder.layernorm_embedding.", "student.encoder.norm."),
+    ("local_encoder.embed_tokens.", "student.encoder.embedding.table."),
+    ("local_encoder.embed_positions.", "student.encoder.positions."),
+    ("local_encoder.layernorm_embedding.", "student.encoder.norm."),
 )
 
 
 def names(config: RunConfig) -> Names:
     return Names(
+        config,
         "TEXT",
         _ROWS,
-        num_projections=config.section("decoder", DecoderConfig).projection_layers,
         teacher="blocks.",
         ours_alone={FINGERPRINT: torch.tensor(0)},  # the vocabulary is not known
     )
@@ -38,23 +37,22 @@ def config_from_official(cfg: Mapping[str, Any], *, vocab_size: int, exact: bool
     """
     settings = Settings(cfg, "TEXT")
     take = settings.take
-    for key, possible in (
-        ("ema_encoder_only", True),
-        ("modality.ema_local_encoder", False),
-        ("modality.num_extra_tokens", 0),
-        ("modality.prenet_depth", 0),
-        ("modality.local_grad_mult", 1.0),
-        ("modality.mask_length", 1),  # masks of spans are drawn in another way there
-        ("modality.learned_pos", True),
-        ("modality.no_scale_embedding", True),
-        ("modality.layernorm_embedding", True),
-        ("modality.no_token_positional_embeddings", False),
-    ):
-        settings.fixed(key, possible)
+    settings.fixed({
+        "ema_encoder_only": True,
+        "modality.ema_local_encoder": False,
+        "modality.num_extra_tokens": 0,
+        "modality.prenet_depth": 0,
+        "modality.local_grad_mult": 1.0,
+        "modality.mask_length": 1,  # masks of spans are drawn in another way there
+        "modality.learned_pos": True,
+        "modality.no_scale_embedding": True,
+        "modality.layernorm_embedding": True,
+        "modality.no_token_positional_embeddings": False,
+    })  # fmt: skip
     settings.without_alibi()
     shared = settings.shared(exact)
-    positions = take("modality.max_source_positions", 512)
-    return settings.words({
+    positions = take("modality.max_source_positions", int, 512)
+    return settings.all_words({
         "modality": "text",
         "preset": "base2",
         "encoder": "embedding",
@@ -63,6 +61,6 @@ def config_from_official(cfg: Mapping[str, Any], *, vocab_size: int, exact: bool
         "mask.inverse": True,  # it is the visible share that is rounded down
         "embedding.vocab_size": vocab_size,
         "embedding.max_positions": positions,
-        "embedding.dropout": take("modality.dropout", 0.1),
-        "data.block_tokens": min(512, positions),
+        "embedding.dropout": take("modality.dropout", (int, float), 0.1),
+        "data.block_tokens": min(512, positions or 512),
     })  # fmt: skip

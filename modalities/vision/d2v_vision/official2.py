@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2v_core.config import RunConfig
-from d2v_core.decoder import DecoderConfig
-from d2v_core.official2 import Names, Row, Settings
+from d2v_core.official2 import Names, Settings
 from d2v_vision.feature_encoder import CHANNELS
 
 POSITIONS = "modality_encoders.IMAGE.fixed_positional_encoder.positions"  # (1, T, D), stored there and computed here
 _ROWS = (
-    Row("extra_tokens", "student.encoder.cls_token", shape=(1, 1, -1)),
-    Row("local_encoder.proj.", "student.encoder.embedding.conv."),
+    ("extra_tokens", "student.encoder.cls_token"),
+    ("local_encoder.proj.", "student.encoder.embedding.conv."),
 )
 
 
 def names(config: RunConfig) -> Names:
-    return Names("IMAGE", _ROWS, num_projections=config.section("decoder", DecoderConfig).projection_layers)
+    return Names(config, "IMAGE", _ROWS, shapes={"student.encoder.cls_token": (1, 1, -1)})
 
 
 def config_from_official(cfg: Mapping[str, Any], *, exact: bool = True) -> list[str]:
@@ -30,26 +29,25 @@ def config_from_official(cfg: Mapping[str, Any], *, exact: bool = True) -> list[
     """
     settings = Settings(cfg, "IMAGE")
     take = settings.take
-    for key, possible in (
-        ("ema_encoder_only", False),
-        ("modality.ema_local_encoder", True),
-        ("modality.num_extra_tokens", 1),
-        ("modality.init_extra_token_zero", False),
-        ("modality.local_grad_mult", 1.0),
-        ("modality.in_chans", CHANNELS),
-        ("modality.embed_dim", take("embed_dim", 768)),
-        ("modality.fixed_positions", True),
-        ("modality.transformer_decoder", False),
-        ("modality.enc_dec_transformer", False),
-        ("modality.decoder.projection_layers", 1),  # the official decoder does not read it
-    ):
-        settings.fixed(key, possible)
+    settings.fixed({
+        "ema_encoder_only": False,
+        "modality.ema_local_encoder": True,
+        "modality.num_extra_tokens": 1,
+        "modality.init_extra_token_zero": False,
+        "modality.local_grad_mult": 1.0,
+        "modality.in_chans": CHANNELS,
+        "modality.embed_dim": take("embed_dim", int, 768),
+        "modality.fixed_positions": True,
+        "modality.transformer_decoder": False,
+        "modality.enc_dec_transformer": False,
+        "modality.decoder.projection_layers": 1,  # the official decoder does not read it
+    })  # fmt: skip
     settings.without_alibi()
-    return settings.words({
+    return settings.all_words({
         "modality": "vision",
         "preset": "base2",
         "encoder": "patches",
         **settings.shared(exact),
-        "features.patch_size": take("modality.patch_size", 16),
-        "data.image_size": take("modality.input_size", 224),
+        "features.patch_size": take("modality.patch_size", int, 16),
+        "data.image_size": take("modality.input_size", int, 224),
     })  # fmt: skip
