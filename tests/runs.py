@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
+import torch
 from torch import Tensor, equal
 
 from d2v_core import checkpoint, cli
+from d2v_core.batching import StepLoader
 from d2v_core.config import load_config
-from d2v_core.contract import Modality
+from d2v_core.contract import Batch, Modality
+from d2v_core.data2vec import Data2Vec
+from d2v_core.run import build_model
+from d2v_core.trainer import Updater
 
 SMALL = {"model.embed_dim": "32", "model.num_layers": "2", "model.num_heads": "2", "target.top_k_layers": "2"}
 SHORT = {
@@ -49,6 +55,31 @@ def modality_of(kind: type[ModalityT], words: Sequence[str]) -> ModalityT:
 def count(parameters: Iterable[Tensor]) -> int:
     """How many numbers they hold."""
     return sum(p.numel() for p in parameters)
+
+
+def updated(made: Modality[Any], steps: int) -> tuple[Data2Vec, list[tuple[list[Batch], dict[str, float]]]]:
+    """The model after some updates, and of each its micro-batches and numbers; these are finite."""
+    model = build_model(made).train()
+    updater = Updater(model, made.config, torch.device("cpu"))
+    loader = iter(StepLoader(made, made.dataset("train"), seed=0, num_copies=made.config.train.num_masks))
+    done: list[tuple[list[Batch], dict[str, float]]] = []
+    for step in range(steps):
+        _, _, batches = next(loader)
+        numbers = updater.update(step, batches, made.teacher_inputs).numbers()
+        assert all(math.isfinite(value) for value in numbers.values())
+        done.append((batches, numbers))
+    return model, done
+
+
+def followed(model: Data2Vec) -> dict[str, float]:
+    """By how much each of the teacher's parameters moves, on average, when all of the student's have grown by one and
+    the decay is 0.9: 0.1 = averaged, 1 = copied or shared."""
+    before = {name: p.clone() for name, p in model.teacher.module.named_parameters()}
+    with torch.no_grad():
+        for p in model.student.parameters():
+            p += 1.0
+    model.update_teacher(0.9)
+    return {name: (p - before[name]).mean().item() for name, p in model.teacher.module.named_parameters()}
 
 
 class Answer(NamedTuple):

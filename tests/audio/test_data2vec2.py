@@ -8,14 +8,12 @@ import torch
 
 from d2v_audio.data import AudioSample
 from d2v_audio.modality import AudioModality
-from d2v_core.batching import StepLoader
 from d2v_core.contract import Masks
 from d2v_core.decoder import ConvDecoder
 from d2v_core.keyed import generator
 from d2v_core.run import build_model
-from d2v_core.trainer import Updater
 
-from ..runs import count, modality_of
+from ..runs import count, followed, modality_of, updated
 
 WAVEFORM = ("preset=base2", "data.synthetic_clips=8", "data.batch_s=8", "data.micro_batch_s=4", "data.min_s=0.5",
             "data.max_s=3", "model.embed_dim=32", "model.num_heads=4", "model.num_layers=2", "target.top_k_layers=2",
@@ -66,31 +64,23 @@ def test_masks_of_the_official_recipes():
 )
 def test_updates(words: tuple[str, ...]):
     made = modality(*WAVEFORM, "prenet.layer_drop=0", "model.layer_drop=0", *words)
-    model = build_model(made).train()
-    updater = Updater(model, made.config, torch.device("cpu"))
-    dataset, copies = made.dataset("train"), made.config.train.num_masks
-    steps = iter(StepLoader(made, dataset, seed=0, num_copies=copies))
-    for step in range(2):
-        _, _, batches = next(steps)
-        assert len(batches) == 2 and all(batch.masks.num_copies == copies for batch in batches)
-        result = updater.update(step, batches, made.teacher_inputs).numbers()
-        assert np.isfinite(list(result.values())).all() and 0.2 < result["target_std"] <= 1.01
+    model, done = updated(made, 2)
+    for batches, numbers in done:
+        assert len(batches) == 2
+        assert all(batch.masks.num_copies == made.config.train.num_masks for batch in batches)
+        assert 0.2 < numbers["target_std"] <= 1.01
     assert not {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
 
 
 def test_the_teacher_shares_the_front_end_and_averages_the_rest():
     model = build_model(modality(*WAVEFORM, "prenet.layers=1"))
     assert model.teacher.shares("encoder.embedding")
-    before = {n: p.clone() for n, p in model.teacher.module.named_parameters()}
-    with torch.no_grad():
-        for p in model.student.parameters():
-            p += 1.0
-    model.update_teacher(0.9)
+    moved = followed(model)
     for name, p in model.teacher.module.named_parameters():
         if name.startswith("encoder.embedding"):
             assert p is model.student.get_parameter(name)
         else:
-            assert (p - before[name]).mean().item() == pytest.approx(0.1, abs=1e-5), name
+            assert moved[name] == pytest.approx(0.1, abs=1e-5), name
 
 
 @pytest.mark.parametrize("quirks", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,10 +9,9 @@ from d2v_core.batching import StepLoader
 from d2v_core.contract import Layout
 from d2v_core.keyed import generator
 from d2v_core.run import build_model
-from d2v_core.trainer import Updater
 from d2v_text.modality import TextModality
 
-from ..runs import count, modality_of
+from ..runs import count, modality_of, updated
 
 SMALL = ("preset=base2", "model.embed_dim=32", "model.num_layers=2", "model.num_heads=4", "target.top_k_layers=2",
          "embedding.max_positions=48", "data.block_tokens=48", "data.batch_tokens=192", "data.micro_batch_tokens=96",
@@ -51,15 +49,8 @@ def test_sizes_of_the_official_models(preset, pretraining, without_decoder, aver
     ids=["plain", "quirks", "padded", "quirks padded", "bf16"],
 )  # fmt: skip
 def test_updates(words: tuple[str, ...]):
-    made = modality(*SMALL, *words)
-    model = build_model(made).train()
-    updater = Updater(model, made.config, torch.device("cpu"))
-    dataset, copies = made.dataset("train"), made.config.train.num_masks
-    steps = iter(StepLoader(made, dataset, seed=0, num_copies=copies))
-    for step in range(3):
-        _, _, batches = next(steps)
-        result = updater.update(step, batches, made.teacher_inputs).numbers()
-        assert np.isfinite(list(result.values())).all() and 0.1 < result["target_std"] <= 1.01
+    model, done = updated(modality(*SMALL, *words), 3)
+    assert all(0.1 < numbers["target_std"] <= 1.01 for _, numbers in done)
     assert not {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from d2v_core.batching import StepLoader
 from d2v_core.contract import Layout
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator
 from d2v_core.run import build_model
-from d2v_core.trainer import Updater
 from d2v_vision.feature_encoder import sine_positions
 from d2v_vision.modality import VisionModality
 
-from ..runs import count, modality_of
+from ..runs import count, followed, modality_of, updated
 
 SMALL = ("preset=base2", "data.synthetic_images=16", "data.batch=8", "data.micro_batch=4", "model.embed_dim=16",
          "model.num_layers=2", "model.num_heads=2", "target.top_k_layers=2", "data.image_size=32",
@@ -77,29 +74,16 @@ def test_positions() -> None:
     ids=["plain", "quirks", "no prenet", "bf16", "blocks"],
 )  # fmt: skip
 def test_updates(words: tuple[str, ...]) -> None:
-    made = modality(*SMALL, *words)
-    model = build_model(made).train()
-    updater = Updater(model, made.config, torch.device("cpu"))
-    dataset, copies = made.dataset("train"), made.config.train.num_masks
-    steps = iter(StepLoader(made, dataset, seed=0, num_copies=copies))
-    for step in range(3):
-        _, _, batches = next(steps)
-        assert [len(batch.ids) for batch in batches] == [4, 4]
-        result = updater.update(step, batches, made.teacher_inputs).numbers()
-        assert np.isfinite(list(result.values())).all() and 0.2 < result["target_std"] <= 1.01
+    model, done = updated(modality(*SMALL, *words), 3)
+    for batches, numbers in done:
+        assert [len(batch.ids) for batch in batches] == [4, 4] and 0.2 < numbers["target_std"] <= 1.01
     assert not {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
 
 
 def test_the_teacher_averages_everything_but_the_decoder() -> None:
     model = build_model(modality(*SMALL))
     assert not model.teacher.shares("encoder.embedding")
-    before = {n: p.clone() for n, p in model.teacher.module.named_parameters()}
-    with torch.no_grad():
-        for p in model.student.parameters():
-            p += 1.0
-    model.update_teacher(0.9)
-    for name, p in model.teacher.module.named_parameters():
-        assert (p - before[name]).mean().item() == pytest.approx(0.1, abs=1e-5), name
+    assert all(moved == pytest.approx(0.1, abs=1e-5) for moved in followed(model).values())
     assert not any("positions" in name for name in model.teacher.own_state())
 
 
