@@ -31,6 +31,7 @@ from d2v_vision import official2 as image_names
 
 from .compare import ACTIVATION, EMA, EXACT, GRADIENT, LOSS, Comparison, Limit
 from .finder import Fixture
+from .models import compare_initial
 
 
 @dataclass(frozen=True)
@@ -325,17 +326,11 @@ def check_initialisation(fixture: Fixture) -> Comparison:
     ours = {**form.names(config).to_official(model_state(model)), **form.constants(model)}
     for name in ours.keys() ^ fixture.meta["init_stats"].keys():
         c.fail(f"init {name}", "a weight of one side only")
+    compare_initial(c, ours, fixture.meta["init_stats"], 1e-6)
     for name, recorded in fixture.meta["init_stats"].items():
         tensor = ours.get(name)
-        if tensor is None or list(tensor.shape) != recorded["shape"]:
-            c.fail(f"init {name}", f"shape {None if tensor is None else list(tensor.shape)}, not {recorded['shape']}")
-            continue
-        # Two independent samples of this many values: five standard errors of their difference.
-        error = 5 * recorded["std"] * (2 / tensor.numel()) ** 0.5
-        c.number(f"init mean {name}", tensor.mean(), recorded["mean"], Limit(absolute=error + 1e-6))
-        if tensor.numel() > 1:
-            c.number(f"init std {name}", tensor.std(), recorded["std"], Limit(absolute=error + 1e-6))
-        if tensor.numel() >= 500 and recorded["std"] > 0:  # uniform ends at 1.7 standard deviations, normal beyond 2.5
+        # Uniform weights end at 1.7 standard deviations, normal ones go beyond 2.5.
+        if tensor is not None and tensor.numel() >= 500 and recorded["std"] > 0:
             normal = recorded["max"] > 2.2 * recorded["std"]
             if bool(tensor.max() > 2.2 * tensor.std()) != normal:
                 c.fail(f"init of {name}", f"should be {'normal' if normal else 'uniform'}")

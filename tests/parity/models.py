@@ -75,3 +75,17 @@ def compare_teacher(
     for name in state.keys() - {name.removeprefix(prefix) for name in c.recorded(prefix)}:
         c.fail(prefix + name, "owned by our teacher only")
     c.tensors(prefix, state, limit)
+
+
+def compare_initial(c: Comparison, ours: Mapping[str, Tensor], recorded: Mapping[str, Any], slack: float) -> None:
+    """Mean and deviation of initial weights with recorded ones, within five standard errors of the difference of two
+    independent samples of as many values, and `slack` for rounding."""
+    for name, statistics in recorded.items():
+        tensor = ours.get(name)
+        if tensor is None or list(tensor.shape) != statistics["shape"]:
+            c.fail(f"init {name}", f"shape {None if tensor is None else list(tensor.shape)}, not {statistics['shape']}")
+            continue
+        error = 5 * statistics["std"] * (2 / tensor.numel()) ** 0.5 + slack
+        c.number(f"init mean {name}", tensor.mean(), statistics["mean"], Limit(absolute=error))
+        if tensor.numel() > 1:
+            c.number(f"init std {name}", tensor.std(), statistics["std"], Limit(absolute=error))

@@ -18,7 +18,7 @@ from d2v_text.modality import TextModality
 
 from .compare import ACTIVATION, EMA, EXACT, GRADIENT, LOSS, ROUNDING, Comparison, Limit
 from .finder import Fixture
-from .models import by_block, compare_teacher, load_recorded, watch
+from .models import by_block, compare_initial, compare_teacher, load_recorded, watch
 
 PIPELINE = "pad elsewhere"  # in the recorder's words on what the teacher was given
 
@@ -117,13 +117,5 @@ def check_initialisation(fixture: Fixture) -> Comparison:
     model = build_model(kind(config))
 
     ours = official.to_official(model_state(model))
-    for name, recorded in fixture.meta["init_stats"].items():
-        tensor = ours.get(name)
-        if tensor is None or list(tensor.shape) != recorded["shape"]:
-            c.fail(f"init {name}", f"shape {None if tensor is None else list(tensor.shape)}, not {recorded['shape']}")
-            continue
-        # Two independent samples of this many values: five standard errors of their difference.
-        error = 5 * recorded["std"] * (2 / tensor.numel()) ** 0.5
-        c.number(f"init mean {name}", tensor.mean(), recorded["mean"], Limit(absolute=error + 1e-7))
-        c.number(f"init std {name}", tensor.std(), recorded["std"], Limit(absolute=error + 1e-7))
+    compare_initial(c, ours, fixture.meta["init_stats"], 1e-7)
     return c
