@@ -103,7 +103,21 @@ def test_a_missing_middle_order_backs_off(tmp_path: Path):
     assert model.sentence(["a"]) == pytest.approx(-0.2 + (-0.0625 - 0.125 - 1))
 
 
-GOOD = "\\data\\\nngram 1=4\nngram 2=1\n\n\\1-grams:\n-2\t<unk>\n-99\t<s>\t-0.2\n-1\t</s>\n-0.5\ta\n\n\\2-grams:\n-0.1\t<s> a\n\n\\end\\\n"
+GOOD = """\\data\\
+ngram 1=4
+ngram 2=1
+
+\\1-grams:
+-2\t<unk>
+-99\t<s>\t-0.2
+-1\t</s>
+-0.5\ta
+
+\\2-grams:
+-0.1\t<s> a
+
+\\end\\
+"""
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,8 @@ def search(
                 for word in child.words:
                     after, lm_score = follow(history, word)
                     ended = score + lm_weight * (lm_score - known) + word_score
-                    found.append(Entry(ended, after, root, token, word, entry))
+                    if ended >= best - threshold:
+                        found.append(Entry(ended, after, root, token, word, entry))
             if at_root or last != blank:  # stay: silence between words, the same letter inside one
                 token = boundary if at_root else last
                 stay = before + frame[token] + (sil_score if token == boundary else 0.0)

@@ -117,7 +117,9 @@ def make_decoder(
     if lexicon is None:
         assert lm is not None
         if binary:
-            raise UserError(f"LM={lm} is KenLM's binary format, which does not tell its words: give a lexicon file too.")
+            raise UserError(
+                f"LM={lm} is KenLM's binary format, which does not tell its words: give a lexicon file too."
+            )
         words = arpa_words(lm)
         lexicon = lexicon_of(words, letters)
     else:
@@ -128,7 +130,9 @@ def make_decoder(
         _compare(lexicon, set(words), lm, say)
     if builtin:
         return _BuiltinDecoder(letters, config, lexicon, read_arpa(lm) if lm is not None else None, nbest)
-    return _FlashlightDecoder(letters, config, lexicon, None if lm is None else existing(lm, "an ARPA file", "LM"), nbest)
+    return _FlashlightDecoder(
+        letters, config, lexicon, None if lm is None else existing(lm, "an ARPA file", "LM"), nbest
+    )
 
 
 def flashlight_missing(with_lm: bool = True) -> str | None:
@@ -263,7 +267,8 @@ def _compare(lexicon: Lexicon, words: set[str], lm: str | Path | None, say: Call
     lacking = [word for word in lexicon.words if word not in words]
     if len(lacking) == len(lexicon.words):
         raise UserError(
-            f"LM={lm} knows none of the lexicon's {len(lacking)} words ({first(lacking, ', ')}). Are both in the same case?"
+            f"LM={lm} knows none of the lexicon's {len(lacking)} words ({first(lacking, ', ')}). Are both in the same "
+            "case?"
         )
     if lacking:
         say(f"{len(lacking)} of {len(lexicon.words)} words are unknown to the language model: {first(lacking, ', ')}")

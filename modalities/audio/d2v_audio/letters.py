@@ -92,8 +92,8 @@ class Lexicon:
             return ""
         named = [f"{word} ({letters})" for word, letters in self.skipped.items()]
         return (
-            f"{len(self.skipped)} of {len(self.skipped) + len(self.words)} words have letters outside the vocabulary and "
-            f"cannot be found: {first(named, ', ')}"
+            f"{len(self.skipped)} of {len(self.skipped) + len(self.words)} words have letters outside the vocabulary "
+            f"and cannot be found: {first(named, ', ')}"
         )
 
 

@@ -40,7 +40,9 @@ class LMConfig:
 
     order: int = opt(4, "Words of the longest n-gram.")
     out: str = opt("lm.arpa", "The file to write; packed where it ends in .gz. It must not exist yet.")
-    case: Literal["keep", "upper", "lower"] = opt("keep", "Spell words in another case; LibriSpeech's letters are upper.")
+    case: Literal["keep", "upper", "lower"] = opt(
+        "keep", "Spell words in another case; LibriSpeech's letters are upper."
+    )
 
 
 @dataclass
@@ -176,7 +178,7 @@ def _smooth(table: Order, discounts: Sequence[float], below: Order | None) -> No
     discount = np.array([0.0, *discounts])[np.minimum(table.count, 3)]
     total = np.bincount(table.prefix, table.count, num_contexts)
     left = np.bincount(table.prefix, discount, num_contexts) / np.maximum(total, 1)  # for the interpolation
-    lower = 10**below.prob[table.suffix] if below else np.full(len(table.word), 1 / (len(table.word) - 1))  # not <s>
+    lower = 10 ** below.prob[table.suffix] if below else np.full(len(table.word), 1 / (len(table.word) - 1))  # not <s>
     prob = (table.count - discount) / total[table.prefix] + left[table.prefix] * lower
     if below:
         with np.errstate(divide="ignore"):

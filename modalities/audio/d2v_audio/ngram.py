@@ -95,7 +95,7 @@ def read_arpa(path: str | Path) -> NGramModel:
             table: dict[State, tuple[float, float]] = {}
             for words, prob, backoff in reader.section(order, count, last=order == len(counts)):
                 if order == 1:
-                    ids[words[0]] = len(ids)
+                    ids.setdefault(words[0], len(ids))
                 try:
                     key = tuple([ids[word] for word in words])
                 except KeyError as error:
@@ -127,8 +127,8 @@ def open_arpa(path: str | Path) -> BinaryIO:
         head = raw.read(len(KENLM_BINARY))
     if head == KENLM_BINARY:
         raise UserError(
-            f"LM={path} is KenLM's binary format, which only KenLM reads: `pip install 'd2v[decode]'`, or give the ARPA "
-            "file it was made from."
+            f"LM={path} is KenLM's binary format, which only KenLM reads: `pip install 'd2v[decode]'`, or give the "
+            "ARPA file it was made from."
         )
     return gzip.open(file, "rb") if head[:2] == b"\x1f\x8b" else open(file, "rb")  # pyright: ignore[reportReturnType]
 

@@ -74,16 +74,18 @@ def score(edits: Sequence[Edits], speakers: Sequence[str | None], resamples: int
     errors, length = _sums([e.errors for e in edits], groups), _sums([e.length for e in edits], groups)
     low, high = float("nan"), float("nan")
     if length.sum() > 0:
-        draws = _draws(len(errors), resamples, seed)
-        rates = 100.0 * (draws @ errors) / np.maximum(draws @ length, 1)
+        rates = _resampled(errors, length, resamples, seed)
         low, high = (float(x) for x in np.percentile(rates, [2.5, 97.5]))
     return Score(total(edits), low, high, resampled)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """difference: rate of the first system less that of the second, per cent. low, high: its 95 % interval. p: of a
-    difference at least this large if there were none, two-sided. resampled: what was drawn."""
+    """Of two systems on one set.
+
+    difference: rate of the first less that of the second, per cent. low, high: its 95 % interval. p: two-sided, how
+    likely so large a difference were if there was none. resampled: what was drawn.
+    """
 
     difference: float
     low: float
@@ -111,9 +113,9 @@ def compare(
     gaps = _sums([a.errors - b.errors for a, b in zip(first, second, strict=True)], groups)
     length = _sums([e.length for e in first], groups)
     if not length.sum():
-        return Comparison(*[float("nan")] * 4, resampled)
-    draws = _draws(len(gaps), resamples, seed)
-    differences = 100.0 * (draws @ gaps) / np.maximum(draws @ length, 1)
+        nan = float("nan")
+        return Comparison(nan, nan, nan, nan, resampled)
+    differences = _resampled(gaps, length, resamples, seed)
     low, high = (float(x) for x in np.percentile(differences, [2.5, 97.5]))
     smaller = min((differences <= 0).sum(), (differences >= 0).sum())
     p = min(1.0, 2.0 * (float(smaller) + 1) / (resamples + 1))
@@ -149,9 +151,14 @@ def _groups(speakers: Sequence[str | None], count: int) -> tuple[NDArray[np.int6
 
 
 def _sums(values: Sequence[int], groups: NDArray[np.int64]) -> Floats:
-    return np.bincount(groups, np.asarray(values, np.float64))
+    return np.bincount(groups, np.asarray(values, np.float64)).astype(np.float64)
 
 
-def _draws(groups: int, resamples: int, seed: int) -> Floats:
-    """(resamples, groups): how often each group is in a sample of as many groups, drawn with replacement."""
-    return generator(seed, "wer-bootstrap").multinomial(groups, np.full(groups, 1 / groups), resamples).astype(np.float64)
+def _resampled(errors: Floats, length: Floats, resamples: int, seed: int) -> Floats:
+    """100 x errors / length on each of `resamples` samples of as many groups, drawn with replacement."""
+    rng, groups = generator(seed, "wer-bootstrap"), len(errors)
+    both, rates = np.stack([errors, length], 1), np.empty(resamples)
+    for start in range(0, resamples, 500):  # in blocks, for memory
+        drawn = rng.multinomial(groups, np.full(groups, 1 / groups), min(500, resamples - start)) @ both
+        rates[start : start + 500] = 100.0 * drawn[:, 0] / np.maximum(drawn[:, 1], 1)
+    return rates
