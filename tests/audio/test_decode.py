@@ -29,6 +29,7 @@ SETTINGS = {
     "one": {"beam_size": 1},
     "strong lm": {"beam_size": 20, "lm_weight": 4.0, "sil_score": 0.5},
     "no lm": {"lm": None},
+    "homographs": {"letters_of_a_word": 1},  # six words with one spelling, the most that the trie keeps
 }
 
 
@@ -52,6 +53,8 @@ def decoder(engine: str, setting: str):
     options = dict(SETTINGS[setting])
     lm = options.pop("lm", ARPA)
     lexicon = lexicon_of(arpa_words(ARPA), LETTERS)
+    if spelled := options.pop("letters_of_a_word", None):
+        lexicon.words.update({word: [tuple(LETTERS.encode(word[:spelled]))] for word in lexicon.words})
     return make_decoder(LETTERS, DecodeConfig(engine=engine, **options), lm, lexicon, nbest=3, say=pytest.fail)
 
 
@@ -72,7 +75,8 @@ def results(engine: str) -> dict[str, list[dict[str, object]]]:
 def same(ours: dict[str, list[dict[str, object]]], theirs: dict[str, list[dict[str, object]]]) -> None:
     assert ours.keys() == theirs.keys()
     for case, hypotheses in theirs.items():
-        for key in ("words", "path"):
+        # Homographs of one probability are a draw, which flashlight decides by addresses in memory.
+        for key in () if case.startswith("homographs") else ("words", "path"):
             assert [h[key] for h in ours[case]] == [h[key] for h in hypotheses], case
         assert [h["score"] for h in ours[case]] == pytest.approx([h["score"] for h in hypotheses], abs=1e-3), case
 
