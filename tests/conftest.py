@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,18 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
     """An empty working folder, for runs that say no other place."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def d2v(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """The command line in this process: exit status, and what it printed on both streams."""
+    from d2v_core import cli
+
+    del own_folder
+
+    def call(*words: str) -> tuple[int, str]:
+        status = cli.main(list(words))
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return call

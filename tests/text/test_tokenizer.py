@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from d2v_core import cli
 from d2v_core.errors import UserError
 from d2v_text.tokenizer import SMALLEST, Vocabulary, load_tokenizer, train_tokenizer
 
@@ -78,18 +77,6 @@ def test_what_is_no_tokenizer(tmp_path: Path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not a tokenizer.json"):
         load_tokenizer(tmp_path / "x.json")
-
-
-@pytest.fixture
-def d2v(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> tuple[int, str]:
-        status = cli.main(list(words))
-        printed = capsys.readouterr()
-        return status, printed.out + printed.err
-
-    return call
 
 
 def test_the_verb(d2v, tmp_path: Path):

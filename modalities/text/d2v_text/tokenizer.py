@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2v_core.config import opt, options
+from d2v_core.config import opt
 from d2v_core.errors import UserError
+from d2v_core.verbs import train_words
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -137,23 +138,13 @@ class TokenizerConfig:
 
 def main(argv: Sequence[str]) -> int:
     """The verb. Returns the exit status."""
-    words = list(argv)
-    if not words or {"-h", "--help"} & set(words):
-        print(HELP, end="")
-        for f in TokenizerConfig.__dataclass_fields__.values():
-            print(f"  {f.name}={f.default}: {f.metadata['doc']}")
+    words = train_words(
+        argv, "tokenizer", TokenizerConfig, HELP, "text file, .jsonl file or folder",
+        "d2v tokenizer train FILES out=FILE.json",
+    )  # fmt: skip
+    if words is None:
         return 0
-    if words[0] != "train":
-        raise UserError(f"d2v tokenizer has the verb train, not {words[0]!r}: d2v tokenizer train FILES out=FILE.json")
-    files = [word for word in words[1:] if "=" not in word or Path(word).exists()]
-    config = options(TokenizerConfig, [word for word in words[1:] if word not in files], "tokenizer")
-    if not files:
-        raise UserError("tokenizer train needs at least one text file, .jsonl file or folder.")
-    out = Path(config.out).expanduser()
-    if out.exists():
-        raise UserError(f"tokenizer train: out={out} exists, and nothing is overwritten. Give another name.")
-    if not out.parent.is_dir():
-        raise UserError(f"tokenizer train: out={out} cannot be written, {out.parent} is no folder. Make it first.")
+    files, config, out = words
     tokenizer = train_tokenizer(_texts(files, config), config.vocab_size)
     try:
         tokenizer.save(str(out))
