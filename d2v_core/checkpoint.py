@@ -1,22 +1,28 @@
-"""Checkpoints: one folder per step, complete or not there.
+"""Checkpoints: one folder per step, complete or not there, and checked when it is read.
 
     checkpoints/step-00000500/model.safetensors     student and predictor
                               teacher.safetensors   what the teacher does not share with the student
-                              state.pt              optimizer and counters, loads with weights_only=True
-                              meta.json             format number, versions; written last
+                              state.safetensors     the tensors of the optimizer
+                              state.json            its numbers, and the counters
+                              manifest.json         versions, and a digest of all of the above; written last
 
 A folder is written under a temporary name, flushed to the disk and renamed, so that an interruption leaves either the
-whole checkpoint or none.
+whole checkpoint or none. The manifest has name, shape, type and SHA-256 of every tensor, and a SHA-256 of what else the
+files hold and of itself: no bit of a checkpoint can change unnoticed. There is no pickle in it.
+
+Format 1 (`state.pt`, `meta.json`, no digests) is still read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,13 +35,22 @@ from torch import Tensor
 from d2v_core import __version__
 from d2v_core.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+MANIFEST = "manifest.json"
+_OLD_MANIFEST = "meta.json"  # of format 1
+_WEIGHTS = ("model.safetensors", "teacher.safetensors")
+_STATE = "state.safetensors"
+_NUMBERS = "state.json"
 _NAME = re.compile(r"step-(\d{8})")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not what was written."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one folder holds."""
+    """What one folder holds. state: nested mappings, lists and tuples of tensors, numbers, texts and None."""
 
     model: dict[str, Tensor]
     teacher: dict[str, Tensor]
@@ -53,24 +68,28 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, oldest first."""
     if not root.is_dir():
         return []
-    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / "meta.json").is_file())
+    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name) and _is_complete(p))
 
 
-def save(root: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write one checkpoint, then delete all but the newest `keep`. Raises OSError with older ones untouched."""
+def _is_complete(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() or (folder / _OLD_MANIFEST).is_file()
+
+
+def save(root: Path, step: int, checkpoint: Checkpoint, keep: int, keep_every: int | None = None) -> Path:
+    """Write one checkpoint, then delete all but the newest `keep` and those of every `keep_every`-th step.
+
+    Raises OSError with older ones untouched.
+    """
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{step:08d}"
-    if (final / "meta.json").is_file():
+    if _is_complete(final):
         return final
+    for left in root.glob(".step-*.tmp"):  # of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
     temporary = root / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        save_file(_plain(checkpoint.model), temporary / "model.safetensors")
-        save_file(_plain(checkpoint.teacher), temporary / "teacher.safetensors")
-        torch.save(checkpoint.state, temporary / "state.pt")
-        meta = {"format": FORMAT, "d2v": __version__, "torch": str(torch.__version__), "step": step}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        _write(temporary, step, checkpoint)
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -82,32 +101,177 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
             raise OSError(str(error)) from error
         raise
     for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+        if keep_every is None or step_of(old) % keep_every:
+            shutil.rmtree(old)
     return final
 
 
-def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
-    """Raises UserError naming the file that is missing, damaged or of an unknown format."""
-    where = "cpu" if device is None else str(device)
-    name = "meta.json"
+def _write(folder: Path, step: int, checkpoint: Checkpoint) -> None:
+    state_tensors: dict[str, Tensor] = {}
+    numbers = (json.dumps(_packed(checkpoint.state, "", state_tensors), indent=1) + "\n").encode()
+    tensors = dict(zip(_WEIGHTS, (checkpoint.model, checkpoint.teacher), strict=True)) | {_STATE: state_tensors}
+    plain = {name: _plain(each) for name, each in tensors.items()}
+    files: dict[str, Any] = {_NUMBERS: {"sha256": _digest(numbers)}}
+    # The digests are of the tensors in memory, made while the disk is busy with the files.
+    with ThreadPoolExecutor(1) as beside:
+        rows = {name: beside.submit(_rows, each) for name, each in plain.items()}
+        for name, each in plain.items():
+            save_file(each, folder / name)
+        (folder / _NUMBERS).write_bytes(numbers)
+        for name in plain:
+            files[name] = {"header": _digest(_header(folder / name)), "tensors": rows[name].result()}
+    manifest = {"format": FORMAT, "d2v": __version__, "torch": str(torch.__version__), "step": step, "files": files}
+    (folder / MANIFEST).write_text(_signed(manifest), encoding="utf-8")
+
+
+def load(folder: Path, device: torch.device | None = None, *, state: bool = True) -> Checkpoint:
+    """Read and check a checkpoint. state: also what only a resumed run needs.
+
+    Raises DamagedCheckpoint naming the file that is missing or not what was written, UserError for an unknown format.
+    """
+    name = MANIFEST if (folder / MANIFEST).is_file() else _OLD_MANIFEST
     try:
-        meta = json.loads((folder / name).read_text(encoding="utf-8"))
-        found = cast("dict[str, Any]", meta).get("format") if isinstance(meta, dict) else None
-        if found != FORMAT:
+        text = (folder / name).read_text(encoding="utf-8")
+        manifest: dict[str, Any] = json.loads(text)
+        found = cast("object", manifest.get("format") if isinstance(manifest, dict) else None)  # pyright: ignore
+        if not isinstance(found, int):
+            raise ValueError("it has no format number")
+        if found != (FORMAT if name == MANIFEST else 1):
+            if name == MANIFEST:
+                _check_signature(manifest, text)  # a format that is to come, or a damaged number
             raise UserError(
-                f"{folder} has checkpoint format {found}, this d2v ({__version__}) reads format {FORMAT}. "
+                f"{folder} has checkpoint format {found}, this d2v ({__version__}) reads formats 1 to {FORMAT}. "
                 "Install the version that wrote it."
             )
-        model = load_file(folder / (name := "model.safetensors"), device=where)
-        teacher = load_file(folder / (name := "teacher.safetensors"), device=where)
-        state = torch.load(folder / (name := "state.pt"), map_location="cpu", weights_only=True)
+        if found == 1:
+            return _load_format1(folder, device, state)
+        _check_signature(manifest, text)
+        model, teacher = (_load_tensors(folder / (name := file), manifest) for file in _WEIGHTS)
+        rest: dict[str, Any] = {}
+        if state:
+            tensors = _load_tensors(folder / (name := _STATE), manifest)
+            numbers = (folder / (name := _NUMBERS)).read_bytes()
+            if _digest(numbers) != manifest["files"][_NUMBERS]["sha256"]:
+                raise ValueError("its digest is not that of the manifest")
+            rest = _unpacked(json.loads(numbers), tensors)
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+        raise _damaged(folder, name, str(error)) from error
+    if device is not None:
+        model, teacher = ({key: t.to(device) for key, t in part.items()} for part in (model, teacher))
+    return Checkpoint(model, teacher, rest)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that none is taken for it and its step can be saved again."""
+    target, number = folder.with_name(f"damaged-{folder.name}"), 2
+    while target.exists():
+        target, number = folder.with_name(f"damaged-{folder.name}-{number}"), number + 1
+    return folder.rename(target)
+
+
+def _damaged(folder: Path, name: str, reason: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"The checkpoint {folder} cannot be read: {name}: {reason}. Delete it to use the one before."
+    )
+
+
+def _load_format1(folder: Path, device: torch.device | None, state: bool) -> Checkpoint:
+    where = "cpu" if device is None else str(device)
+    name = _WEIGHTS[0]
+    try:
+        model = load_file(folder / name, device=where)
+        teacher = load_file(folder / (name := _WEIGHTS[1]), device=where)
+        name = "state.pt"
+        rest: Any = torch.load(folder / name, map_location="cpu", weights_only=True) if state else {}
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # torch's own words on a pickle that it refuses advise to load it unsafely.
         reason = "not what was written" if isinstance(error, pickle.UnpicklingError) else str(error)
-        raise UserError(
-            f"The checkpoint {folder} cannot be read: {name}: {reason}. Delete it to use the one before."
-        ) from error
-    return Checkpoint(model, teacher, cast("dict[str, Any]", state))
+        raise _damaged(folder, name, reason) from error
+    return Checkpoint(model, teacher, rest)
+
+
+# ------------------------------------------------------------------------------------------------------- digests
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _rows(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each tensor."""
+    return {
+        name: {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "sha256": _digest(tensor.reshape(-1).view(torch.uint8).numpy().data),
+        }
+        for name, tensor in tensors.items()
+    }
+
+
+def _header(path: Path) -> bytes:
+    """The bytes of a safetensors file before its tensors: eight that hold the length of what follows, and that."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if length > path.stat().st_size:
+            raise ValueError("its header is longer than the file")
+        return start + file.read(length)
+
+
+def _load_tensors(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    expected = manifest["files"][path.name]
+    if _digest(_header(path)) != expected["header"]:
+        raise ValueError("its header is not the one that the manifest has the digest of")
+    tensors = load_file(path)
+    rows = _rows(tensors)
+    changed = [name for name in expected["tensors"].keys() | rows if rows.get(name) != expected["tensors"].get(name)]
+    if changed:
+        raise ValueError(f"{len(changed)} of {len(rows)} tensors are not what was written, among them {min(changed)}")
+    return tensors
+
+
+def _signed(manifest: Mapping[str, Any]) -> str:
+    """The manifest as text, with a digest of itself."""
+    body = json.dumps(manifest, indent=1)
+    return json.dumps({**manifest, "sha256": _digest(body.encode())}, indent=1) + "\n"
+
+
+def _check_signature(manifest: Mapping[str, Any], text: str) -> None:
+    if _signed({key: value for key, value in manifest.items() if key != "sha256"}) != text:
+        raise ValueError("its digest of itself is wrong")
+
+
+# ------------------------------------------------------------------------------------------------------- contents
+
+
+def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A nested state as JSON. Its tensors go to `tensors` under their path; keys that are numbers stay numbers."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        items = cast("Mapping[str | int, Any]", value).items()
+        return {"mapping": [[key, _packed(each, f"{path}.{key}".lstrip("."), tensors)] for key, each in items]}
+    if isinstance(value, (list, tuple)):
+        items = cast("Sequence[Any]", value)
+        name = "tuple" if isinstance(value, tuple) else "list"
+        return {name: [_packed(each, f"{path}.{i}".lstrip("."), tensors) for i, each in enumerate(items)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{path} is {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = cast("dict[str, Any]", value).items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "mapping":
+        return {key: _unpacked(each, tensors) for key, each in content}
+    items = [_unpacked(each, tensors) for each in content]
+    return tuple(items) if kind == "tuple" else items
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

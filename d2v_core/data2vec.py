@@ -125,8 +125,8 @@ class Data2Vec(nn.Module):
         view, encoded = teacher(tokens, None, taps=True)
         return self.targets(encoded, view.padding_mask, view.num_extra)
 
-    def update_teacher(self, decay: float) -> None:
-        self.teacher.update(self.student, decay)
+    def update_teacher(self, decay: float, applied: Tensor | None = None) -> None:
+        self.teacher.update(self.student, decay, applied)
 
 
 def at_scored(everywhere: Tensor, masks: Masks) -> Tensor:

@@ -174,7 +174,7 @@ class Finetuner(Loop[Classifier]):
             return classification_loss(self.model(batch.inputs, frozen), batch.targets, self.tune.label_smoothing)
 
         loss, grad_norm = self.optimizer_step.step(self.progress.step, batches, _num_targets, forward)
-        if self.averaged is not None:
+        if self.averaged is not None and self.optimizer_step.outcome.applied:
             self.averaged.update_parameters(self.model)
         return lambda: {"loss": float(loss), "grad_norm": float(grad_norm)}
 
@@ -236,7 +236,7 @@ class Finetuner(Loop[Classifier]):
     def finish(self) -> None:
         task, progress, summary = self.split.task, self.progress, self.summary()
         folder = run.best_checkpoint(self.out)
-        run.load_state(self._scored().state_dict(), checkpoint.load(folder).model, str(folder))
+        run.load_state(self._scored().state_dict(), checkpoint.load(folder, state=False).model, str(folder))
         result: dict[str, Any] = {"task": task.name, "metrics": list(task.metrics), "best_step": progress.best_step}
         result["labels"] = len(self.split.train.labels)
         for name, part in (("dev", self.split.dev), ("test", task.test)):
@@ -314,5 +314,5 @@ def load_classifier(path: str | Path) -> LoadedClassifier:
         raise UserError(f"{path / TASK_FILE} cannot be read: {error}. The run folder is not whole.") from error
     modality = kind(config)
     classifier = build_classifier(modality, max(len(classes), 1))
-    run.load_state(classifier.state_dict(), checkpoint.load(folder).model, str(folder))
+    run.load_state(classifier.state_dict(), checkpoint.load(folder, state=False).model, str(folder))
     return LoadedClassifier(config, modality, classifier, classes, checkpoint.step_of(folder))

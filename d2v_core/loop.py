@@ -26,6 +26,8 @@ from d2v_core.batching import Steps
 from d2v_core.config import RunConfig
 from d2v_core.contract import Batch, Modality
 from d2v_core.errors import UserError
+from d2v_core.faults import FAULTS_FILE, FaultWatch, Outcome, TooManyFaults, find_fault
+from d2v_core.files import first
 from d2v_core.keyed import seed_of
 from d2v_core.metrics import Display, MetricsFile, TensorBoard
 from d2v_core.optim import make_optimizer, set_step
@@ -51,12 +53,16 @@ class OptimizerStep:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.dtype = AUTOCAST[config.train.precision]
         self.scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=self.dtype is torch.float16)
-        self.num_bad = torch.zeros((), device=device)
+        self.model = model
+        self.outcome: Outcome
 
     def step(
         self, step: int, batches: Sequence[Batch], count: Callable[[Batch], int], forward: Callable[[Batch], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The update that follows `step` completed ones; returns mean loss and gradient norm, both ().
+
+        Where one of them is not finite the weights stay as they are; `outcome` has it, on the device, which is not
+        waited for.
 
         count: over how many things `forward` sums the loss of a micro-batch. The objective is the mean over all of
         them in all micro-batches. Their number is known only at the end, so gradients are taken of sums over a first
@@ -82,13 +88,21 @@ class OptimizerStep:
             )
         limit = config.optim.clip_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        finite = loss_sum.isfinite()
-        if not self.scaler.is_enabled():  # a scaler meets infinite gradients as a matter of course
-            finite = finite & grad_norm.isfinite()
-        self.num_bad += ~finite
-        return loss_sum / total, grad_norm
+        applied = (loss_sum.isfinite() & grad_norm.isfinite()).float()
+        if self.scaler.is_enabled():  # finds the same out by itself
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # What a loss scaler gives a fused optimizer: where it is 1, the kernel moves nothing.
+            self.optimizer.found_inf = 1.0 - applied  # pyright: ignore[reportAttributeAccessIssue]
+            self.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+
+        def find() -> str:
+            _seed(seed_of(config.seed, "step", step))
+            return find_fault(self.model, [batch.to(self.device) for batch in batches], forward, self.autocast)
+
+        self.outcome = Outcome(applied, loss_sum / total, grad_norm, self.scaler.is_enabled(), find)
+        return self.outcome.loss, grad_norm
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
@@ -105,6 +119,7 @@ class Progress:
     """Where a run stands. epoch, epoch_step: the next batch. All of it goes into a checkpoint.
 
     best_score, best_step: of a stage that scores itself while it trains; the latter 0 before the first score.
+    bad_steps: skipped, because loss or gradient were not finite. went_back: to an older checkpoint, because of those.
     """
 
     step: int = 0
@@ -115,6 +130,8 @@ class Progress:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     best_score: float = 0.0
     best_step: int = 0
+    bad_steps: int = 0
+    went_back: bool = False
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -190,7 +207,7 @@ class Loop(ABC, Generic[ModelT]):
         found = checkpoint.list_checkpoints(self.out / "checkpoints")
         self.build(not found)  # before the data, which may take long to look through
         if found:
-            self._restore(found[-1])
+            self._restore(found)
         self.open_data()
         self.say(escape(self.description))
         if train.compile:
@@ -198,7 +215,7 @@ class Loop(ABC, Generic[ModelT]):
                 if isinstance(module, Block):
                     module.compile()  # pyright: ignore[reportUnknownMemberType]
         with self._signals(), Display(self.console, train.max_steps, self.progress.step, self.modality.unit) as display:
-            finished = self._loop(display)
+            finished = self._going_back_once(display)
         if not finished:
             self.save()
             name = signal.Signals(self._signal or signal.SIGINT).name
@@ -210,6 +227,29 @@ class Loop(ABC, Generic[ModelT]):
         self.save()
         self.finish()
         return 0
+
+    def _going_back_once(self, display: Display) -> bool:
+        """`_loop`. Too many steps that are not finite: once, the run goes on from its newest checkpoint, with the data
+        that come after those steps."""
+        while True:
+            try:
+                return self._loop(display)
+            except TooManyFaults as fault:
+                progress, found = self.progress, checkpoint.list_checkpoints(self.out / "checkpoints")
+                if progress.went_back or not found:
+                    raise UserError(
+                        f"{fault.diagnosis} "
+                        + ("The run had gone back to an older checkpoint before. " if progress.went_back else "")
+                        + "Lower optim.lr, set optim.clip_grad_norm=1, lengthen the warm-up, or use "
+                        "train.precision=fp32 if it is not; look at the samples if they are always the same "
+                        f"({self.out / FAULTS_FILE}). "
+                        + (f"Older checkpoints in {self.out / 'checkpoints'} are intact." if found else "")
+                    ) from fault
+                self.say(f"[yellow]going back[/yellow] {escape(fault.diagnosis)}")
+                self._restore(found)
+                self.progress.went_back = True
+                for name in ("epoch", "epoch_step", "skipped", "bad_steps", "seconds"):
+                    setattr(self.progress, name, getattr(progress, name))
 
     def say(self, text: str) -> None:
         """With rich's markup: names of files and folders, which may hold brackets, come escaped."""
@@ -223,6 +263,7 @@ class Loop(ABC, Generic[ModelT]):
         writers = [metrics_file, *([TensorBoard(self.out / "tensorboard", progress.step)] if train.tensorboard else [])]
         base, started, first_step = progress.seconds, time.perf_counter(), progress.step
         since, amount, waited, idle = started, 0.0, 0.0, 0
+        faults = FaultWatch(self.out / FAULTS_FILE, self._bad_step, train.max_bad_steps)
         batches = iter(loader)
         try:
             while progress.step < train.max_steps:
@@ -246,6 +287,8 @@ class Loop(ABC, Generic[ModelT]):
                 progress.step += 1
                 progress.amount += sum(batch.amount for batch in usable)
                 display.advance(progress.step)
+                ids = tuple(name for batch in usable for name in batch.ids)
+                faults.note(progress.step, ids, self.optimizer_step.outcome)
                 if progress.step % train.log_every == 0 or progress.step == train.max_steps or progress.step == 1:
                     values = read_numbers()
                     now = time.perf_counter()
@@ -259,6 +302,7 @@ class Loop(ABC, Generic[ModelT]):
                         "throughput": amount / (now - since),
                         "data_wait": waited / (now - since),
                         "skipped": len(progress.skipped),
+                        "bad_steps": progress.bad_steps,
                         "seconds": progress.seconds,
                     }
                     since, amount, waited = now, 0.0, 0.0
@@ -267,12 +311,14 @@ class Loop(ABC, Generic[ModelT]):
                     rate = (progress.seconds - base) / (progress.step - first_step)
                     shown = [name for name in values if name not in ("grad_norm", "masked")]
                     display.show(metrics, shown, rate * (train.max_steps - progress.step))
-                    self._check_finite(metrics)
                     self.guard(metrics)
                 self.after_step()
                 if progress.step % train.checkpoint_every == 0 and progress.step < train.max_steps:
-                    progress.seconds = base + time.perf_counter() - started
-                    self.save()
+                    faults.settle()
+                    if not faults.in_a_row:  # else these weights may be what is wrong
+                        progress.seconds = base + time.perf_counter() - started
+                        self.save()
+            faults.settle()
             progress.seconds = base + time.perf_counter() - started
             return True
         finally:
@@ -296,31 +342,20 @@ class Loop(ABC, Generic[ModelT]):
                 self.progress.skipped[name] = reason
                 self.say(f"[yellow]skipped[/yellow] {escape(f'{name}: {reason}')}")
 
-    def _check_finite(self, metrics: Mapping[str, float]) -> None:
-        if self.optimizer_step.num_bad > 0:
-            raise UserError(
-                f"At step {int(metrics['step'])} the loss is {metrics['loss']} and the gradient norm "
-                f"{metrics['grad_norm']}"
-                + (
-                    ""
-                    if math.isnan(metrics["loss"] + metrics["grad_norm"])
-                    else ", and a step shortly before was not finite"
-                )
-                + ". Lower optim.lr, set optim.clip_grad_norm=1, or use train.precision=fp32 if it is not. "
-                f"Older checkpoints in {self.out / 'checkpoints'} are intact."
-            )
+    def _bad_step(self, text: str) -> None:
+        self.progress.bad_steps += 1
+        self.say(f"[yellow]fault[/yellow] {escape(text)}")
 
     def save(self) -> None:
-        if self.optimizer_step.num_bad > 0:
+        """Everything that going on takes. Raises UserError where it cannot be written or would be of no use."""
+        train, root = self.config.train, self.out / "checkpoints"
+        bad = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        if bad:
             raise UserError(
-                f"By step {self.progress.step} a loss or gradient was not finite, so no checkpoint is written. Lower "
-                "optim.lr, set optim.clip_grad_norm=1, or use train.precision=fp32 if it is not. Older checkpoints in "
-                f"{self.out / 'checkpoints'} are intact."
+                f"By step {self.progress.step} weights are not finite ({first(bad, ', ', more='...')}), so no "
+                "checkpoint is written. Lower optim.lr, set optim.clip_grad_norm=1, or use train.precision=fp32 if it "
+                f"is not. Older checkpoints in {root} are intact."
             )
-        self.write_checkpoint(self.out / "checkpoints", self.config.train.keep_checkpoints)
-
-    def write_checkpoint(self, root: Path, keep: int) -> None:
-        """Everything that going on takes. Raises UserError where it cannot be written."""
         state = {
             "optimizer": self.optimizer_step.optimizer.state_dict(),
             "scaler": self.optimizer_step.scaler.state_dict(),
@@ -330,15 +365,16 @@ class Loop(ABC, Generic[ModelT]):
         stored = checkpoint.Checkpoint(*self.tensors(), state)
         try:
             self.modality.keep(self.out)
-            checkpoint.save(root, self.progress.step, stored, keep)
+            checkpoint.save(root, self.progress.step, stored, train.keep_checkpoints, train.keep_every)
         except OSError as error:
             raise UserError(
                 f"The checkpoint of step {self.progress.step} cannot be written to {root}: {error}."
                 " Older checkpoints are intact; make room and go on with resume=auto."
             ) from error
 
-    def _restore(self, folder: Path) -> None:
-        stored = checkpoint.load(folder, self.device)
+    def _restore(self, found: Sequence[Path]) -> None:
+        """From the newest checkpoint that is not damaged. Raises UserError where all are."""
+        folder, stored = self._newest_whole(found)
         self.load_tensors(stored, str(folder))
         self.optimizer_step.optimizer.load_state_dict(stored.state["optimizer"])
         self.optimizer_step.scaler.load_state_dict(stored.state["scaler"])
@@ -349,6 +385,23 @@ class Loop(ABC, Generic[ModelT]):
                 f"[yellow]note[/yellow] this run used {stored.state['num_threads']} CPU threads, now there are "
                 f"{torch.get_num_threads()}: results will differ in their last bits."
             )
+
+    def _newest_whole(self, found: Sequence[Path]) -> tuple[Path, checkpoint.Checkpoint]:
+        """Damaged ones that are newer get another name, so that their steps can be saved again."""
+        damaged: list[Path] = []
+        for folder in reversed(found):
+            try:
+                stored = checkpoint.load(folder, self.device)
+            except checkpoint.DamagedCheckpoint as error:
+                if folder == found[0]:
+                    raise
+                self.say(f"[yellow]damaged[/yellow] {escape(str(error))}")
+                damaged.append(folder)
+                continue
+            for one in damaged:
+                self.say(escape(f"{one} is now called {checkpoint.set_aside(one).name}; the one before serves."))
+            return folder, stored
+        raise ValueError("no checkpoints")
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds for every stage."""

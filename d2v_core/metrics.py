@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -147,7 +147,7 @@ def load(run: str | Path, *, untrained: bool = False, teacher: bool = False) -> 
     step = 0
     if not untrained:
         folder = newest_checkpoint(run)
-        stored = checkpoint.load(folder)
+        stored = checkpoint.load(folder, state=False)
         load_model_state(model, stored.model, str(folder))
         model.teacher.load_own_state(stored.teacher)
         step = checkpoint.step_of(folder)
@@ -163,7 +163,11 @@ def _load_finetuned(run: Path, modality: Modality[Any], untrained: bool) -> Load
         student.transformer.norm = None
     if not untrained:
         folder = best_checkpoint(run)
-        stored = {n[len("student.") :]: t for n, t in checkpoint.load(folder).model.items() if n.startswith("student.")}
+        stored = {
+            n[len("student.") :]: t
+            for n, t in checkpoint.load(folder, state=False).model.items()
+            if n.startswith("student.")
+        }
         load_state(student.state_dict(), stored, str(folder))
         step = checkpoint.step_of(folder)
     return LoadedRun(modality.config, modality, student, step)

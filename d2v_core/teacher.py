@@ -69,13 +69,21 @@ class EMATeacher(nn.Module):
         return all(n in self._shared for n, _ in self.module.named_parameters() if n.startswith(prefix + "."))
 
     @torch.no_grad()
-    def update(self, student: nn.Module, decay: float) -> None:
-        """One step towards the student; call it once after each optimizer step. decay >= 1 leaves the average alone."""
+    def update(self, student: nn.Module, decay: float, applied: Tensor | None = None) -> None:
+        """One step towards the student; call it once after each optimizer step. decay >= 1 leaves the average alone.
+
+        applied: () float32 on the student's device, 0 where the optimizer left its weights alone: then the average
+        stays as it is too. A GPU is not waited for to find out.
+        """
         ours, theirs = dict(self.module.named_parameters()), dict(student.named_parameters())
+        if applied is not None and applied.device.type == "cpu":
+            decay, applied = (decay if applied else 1.0), None
         if self._averaged and decay < 1.0:
-            torch._foreach_lerp_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-                [ours[n].data for n in self._averaged], [theirs[n].data for n in self._averaged], 1.0 - decay
-            )
+            average, towards = [ours[n].data for n in self._averaged], [theirs[n].data for n in self._averaged]
+            if applied is None:
+                torch._foreach_lerp_(average, towards, 1.0 - decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            else:
+                _lerp(average, towards, (1.0 - decay) * applied)
         for name in self._copied:
             ours[name].data.copy_(theirs[name].data)
         for ours_buffer, theirs_buffer in zip(self.module.buffers(), student.buffers(), strict=True):
@@ -97,3 +105,10 @@ class EMATeacher(nn.Module):
             if tensor.shape != state[name].shape:
                 raise ValueError(f"teacher {name}: stored {tuple(state[name].shape)}, model {tuple(tensor.shape)}")
             tensor.copy_(state[name])
+
+
+def _lerp(average: list[Tensor], towards: list[Tensor], weight: Tensor) -> None:
+    """`torch._foreach_lerp_` with a weight that only the device knows."""
+    way = torch._foreach_sub(towards, average)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    torch._foreach_mul_(way, weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    torch._foreach_add_(average, way)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

@@ -63,7 +63,9 @@ class Updater(OptimizerStep):
             return out.loss_sum
 
         loss, grad_norm = self.step(step, batches, _num_scored, forward)
-        self.model.update_teacher(decay_at(step + 1, self.config.train.max_steps, self.config.teacher))
+        self.model.update_teacher(
+            decay_at(step + 1, self.config.train.max_steps, self.config.teacher), self.outcome.applied
+        )
         target_std, pred_std = torch.stack(stds).mean(0).unbind()
         return StepResult(loss, target_std, pred_std, grad_norm, hidden)
 
@@ -123,7 +125,7 @@ class Trainer(Loop[Data2Vec]):
 
     def _start_from(self, source: Path) -> None:
         folder = run.newest_checkpoint(source)
-        stored = checkpoint.load(folder)
+        stored = checkpoint.load(folder, state=False)
         run.load_model_state(self.model, stored.model, str(folder))
         self.model.update_teacher(0.0)  # the teacher is made anew, equal to the student
         self.say(escape(f"Weights from {folder}; teacher made anew from them."))

@@ -424,7 +424,7 @@ def test_a_full_disk_at_a_checkpoint(d2v: Run, tmp_path: Path, monkeypatch: pyte
 
     def full(tensors, path, *rest):
         calls.append(path)
-        if len(calls) > 3:  # two files of step 2, the first of step 4
+        if len(calls) > 4:  # three files of step 2, the first of step 4
             path.write_bytes(b"part of a file")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(tensors, path, *rest)
@@ -472,18 +472,30 @@ def test_a_damaged_checkpoint(d2v: Run, tmp_path: Path) -> None:
     words = ("out=run", "train.checkpoint_every=2")
     assert d2v(*words).status == 0
     newest = tmp_path / "run" / "checkpoints" / "step-00000003"
-    (tmp_path / "run" / "summary.json").unlink()
-    whole = {path.name: path.read_bytes() for path in newest.iterdir()}
-    for name in ("model.safetensors", "teacher.safetensors", "state.pt", "meta.json"):
-        for content in (whole[name][: len(whole[name]) // 2], b"", b"garbage" * 9):
+    weights = checkpoint.load(newest).model
+    names = sorted(path.name for path in newest.iterdir())
+    assert len(names) == 5
+    for name in names:
+        for content in ((newest / name).read_bytes()[: (newest / name).stat().st_size // 2], b"", b"garbage" * 9):
+            (tmp_path / "run" / "summary.json").unlink()
             (newest / name).write_bytes(content)
-            refused(d2v(*words, "resume=auto"), "The checkpoint run/checkpoints/step-00000003 cannot be read", "Delete")
-        (newest / name).write_bytes(whole[name])
-    for path in newest.iterdir():
-        path.unlink()
-    newest.rmdir()
-    assert d2v(*words, "resume=auto").status == 0  # as the message says: the one before serves
+            answer = d2v(*words, "resume=auto")
+            assert answer.status == 0, answer.err
+            assert f"The checkpoint run/checkpoints/step-00000003 cannot be read: {name}" in answer.out
+            assert "is now called damaged-step-00000003" in answer.out and "step-00000002" in answer.out
+            again = checkpoint.load(newest).model
+            assert all(torch.equal(again[key], weights[key]) for key in weights)
     assert steps_in(tmp_path / "run") == [2, 3]
+    assert len(list((tmp_path / "run" / "checkpoints").glob("damaged-*"))) == 15
+
+
+def test_only_damaged_checkpoints(d2v: Run, tmp_path: Path) -> None:
+    """Nothing is begun anew behind one's back."""
+    assert d2v("out=run").status == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "run" / "checkpoints" / "step-00000003" / "model.safetensors").write_bytes(b"")
+    refused(d2v("out=run", "resume=auto"), "The checkpoint run/checkpoints/step-00000003 cannot be read")
+    assert steps_in(tmp_path / "run") == [3]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,9 @@ def test_what_a_run_leaves(d2v: Run) -> None:
     }  # fmt: skip
     (step,) = (run / "checkpoints").iterdir()
     assert step.name == "step-00000005"
-    assert {p.name for p in step.iterdir()} == {"model.safetensors", "teacher.safetensors", "state.pt", "meta.json"}
+    assert {p.name for p in step.iterdir()} == {
+        "model.safetensors", "teacher.safetensors", "state.safetensors", "state.json", "manifest.json"
+    }  # fmt: skip
     (events,) = (run / "tensorboard").iterdir()
     assert events.name.startswith("events.out.tfevents")
     assert events.stat().st_size > 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,20 +308,28 @@ def test_from_what_does_not_fit(d2v, straight, tmp_path):
     assert status == 2 and "Missing: ['student.transformer.blocks.2" in text
 
 
+def test_a_run_of_the_first_format_goes_on(d2v, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(Path(__file__).parent / "recorded" / "format1", out)
+    status, text = d2v("run", "modality=toy", f"out={out}", "model.embed_dim=8", "train.max_steps=9", "resume=auto",
+                       "train.probe=false", "train.num_threads=1")  # fmt: skip
+    assert status == 0 and "Going on from" in text and "step-00000004" in text
+    lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1] == 9 and (list_checkpoints(out / "checkpoints")[-1] / "manifest.json").is_file()
+    assert all(p.isfinite().all() for p in load(out).student.parameters())
+
+
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_serves(d2v, read_run, straight, monkeypatch, tmp_path):
     out = tmp_path / "damaged"
     assert d2v(*words(out, "train.checkpoint_every=4"))[0] == 0
     (out / "summary.json").unlink()
     _, newest = list_checkpoints(out / "checkpoints")
-    (newest / "state.pt").write_bytes(b"")
+    data = bytearray((newest / "state.safetensors").read_bytes())
+    data[-3] ^= 16  # one bit
+    (newest / "state.safetensors").write_bytes(data)
     status, text = d2v(*words(out, "resume=auto"))
-    assert (
-        status == 2 and f"The checkpoint {newest} cannot be read" in text and "Delete it to use the one before" in text
-    )
-    for path in newest.iterdir():
-        path.unlink()
-    newest.rmdir()
-    assert d2v(*words(out, "resume=auto"))[0] == 0
+    assert status == 0 and f"The checkpoint {newest} cannot be read: state.safetensors: 1 of " in text
+    assert f"{newest} is now called damaged-{newest.name}; the one before serves." in text
     assert_same(read_run, out, straight)
 
 
