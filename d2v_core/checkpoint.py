@@ -90,8 +90,7 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int, keep_every: i
     temporary.mkdir()
     try:
         _write(temporary, step, checkpoint)
-        for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
+        _flush(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(root)
@@ -117,11 +116,14 @@ def _write(folder: Path, step: int, checkpoint: Checkpoint) -> None:
         rows = {name: beside.submit(_rows, each) for name, each in plain.items()}
         for name, each in plain.items():
             save_file(each, folder / name)
+            _flush(folder / name)
         (folder / _NUMBERS).write_bytes(numbers)
+        _flush(folder / _NUMBERS)
         for name in plain:
             files[name] = {"header": _digest(_header(folder / name)), "tensors": rows[name].result()}
     manifest = {"format": FORMAT, "d2v": __version__, "torch": str(torch.__version__), "step": step, "files": files}
     (folder / MANIFEST).write_text(_signed(manifest), encoding="utf-8")
+    _flush(folder / MANIFEST)
 
 
 def load(folder: Path, device: torch.device | None = None, *, state: bool = True) -> Checkpoint:

@@ -140,7 +140,7 @@ class TrainConfig:
     checkpoint_every: int = opt(500, "Steps between checkpoints; one more is written at the end.")
     keep_checkpoints: int = opt(2, "Newest checkpoints kept; older ones are deleted.")
     keep_every: int | None = opt(None, "Checkpoints of every so many steps are kept for good; null = none.")
-    max_bad_steps: int = opt(
+    bad_steps_limit: int = opt(
         5,
         "Steps in a row that are not finite, and skipped, before the run goes back to its newest checkpoint, once, or "
         "stops.",
@@ -440,7 +440,7 @@ def check(config: RunConfig) -> RunConfig:
             problems.append("optim.final_lr_ratio must be above 0 for tri_stage, whose last phase is exponential")
     if optim.clip_grad_norm is not None and optim.clip_grad_norm <= 0:
         problems.append(f"optim.clip_grad_norm={optim.clip_grad_norm} must be above 0; null = no clipping")
-    for key in ("max_steps", "num_masks", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
+    for key in ("max_steps", "num_masks", "log_every", "checkpoint_every", "keep_checkpoints", "bad_steps_limit"):
         at_least(f"train.{key}", getattr(train, key), 1)
     for key in ("num_threads", "num_workers"):
         at_least(f"train.{key}", getattr(train, key), 0)

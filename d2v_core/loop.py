@@ -263,7 +263,7 @@ class Loop(ABC, Generic[ModelT]):
         writers = [metrics_file, *([TensorBoard(self.out / "tensorboard", progress.step)] if train.tensorboard else [])]
         base, started, first_step = progress.seconds, time.perf_counter(), progress.step
         since, amount, waited, idle = started, 0.0, 0.0, 0
-        faults = FaultWatch(self.out / FAULTS_FILE, self._bad_step, train.max_bad_steps)
+        faults = FaultWatch(self.out / FAULTS_FILE, self._bad_step, train.bad_steps_limit)
         batches = iter(loader)
         try:
             while progress.step < train.max_steps:

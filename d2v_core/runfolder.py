@@ -15,8 +15,8 @@ from d2v_core.errors import UserError
 
 # Changing these between the parts of a run changes none of its numbers.
 FREE = {"out", "resume", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
-        "train.max_bad_steps", "train.num_workers", "train.tensorboard", "train.probe", "train.device", "train.compile",
-        "train.num_threads"}  # fmt: skip
+        "train.bad_steps_limit", "train.num_workers", "train.tensorboard", "train.probe", "train.device",
+        "train.compile", "train.num_threads"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def read_run() -> Callable[[Path], tuple[list[dict[str, Any]], dict[str, torch.T
             for key in ("seconds", "throughput", "data_wait"):
                 assert line.pop(key) >= 0
         newest = max(p for p in (run / "checkpoints").iterdir() if re.fullmatch(r"step-\d{8}", p.name))
-        tensors = {f"{part}.{name}": tensor for part in ("model", "teacher")
+        tensors = {f"{part}.{name}": tensor for part in ("model", "teacher", "state")
                    for name, tensor in load_file(newest / f"{part}.safetensors").items()}  # fmt: skip
         return lines, tensors
 

@@ -131,7 +131,7 @@ def test_a_second_time_it_stops(d2v: Callable, tmp_path: Path):
 def test_where_there_is_no_checkpoint_it_stops_at_once(d2v: Callable, tmp_path: Path):
     out = tmp_path / "run"
     with poisoned(range(1, 99)) as seen:
-        status, text = d2v(*words(out, "train.max_bad_steps=3"))
+        status, text = d2v(*words(out, "train.bad_steps_limit=3"))
     assert status == 2 and len(seen) == 3 and "3 steps in a row were not finite" in text
     assert all(name in text for name in seen[-1][:3]) and "are intact" not in text
     assert list_checkpoints(out / "checkpoints") == []
@@ -139,7 +139,7 @@ def test_where_there_is_no_checkpoint_it_stops_at_once(d2v: Callable, tmp_path: 
 
 def test_fewer_than_the_limit_between_good_steps_go_by(d2v: Callable, tmp_path: Path):
     with poisoned([2, 3, 5, 6, 8, 9]):
-        assert d2v(*words(tmp_path / "run", "train.max_bad_steps=3"))[0] == 0
+        assert d2v(*words(tmp_path / "run", "train.bad_steps_limit=3"))[0] == 0
     assert lines_of(tmp_path / "run")[-1]["bad_steps"] == 6
 
 
