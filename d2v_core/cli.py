@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from d2v_core import __version__, plugins
@@ -19,7 +19,10 @@ HELP = f"""d2v {__version__}: data2vec for any modality
   d2v run stage=probe from=RUN data.path=LABELLED [...]
                                              score its frozen features: linear and nearest-neighbour classifiers
   d2v config modality=NAME [key=value ...]   print the resolved configuration, a sentence for each option
-  d2v modalities                             what is installed, from which distribution
+  d2v modalities                             what is installed, from which distribution; imports none of it
+  d2v plugins                                the same with verbs, each loaded to see whether it works
+  d2v check NAME                             hold a modality to the contract, promise by promise
+  d2v new NAME                               write a modality of your own, as a distribution that works
   d2v --version
 """
 
@@ -57,6 +60,11 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if verb == "modalities":
         return _modalities()
+    if verb == "plugins":
+        return _plugins()
+    if verb in ("check", "new"):
+        module = importlib.import_module("d2v_core.testing" if verb == "check" else "d2v_core.new")
+        return int(module.main(rest))
     if verb in ("run", "config") and {"-h", "--help"} & set(rest):
         print(HELP, end="")
         return 0
@@ -79,13 +87,63 @@ def _modalities() -> int:
         return 0
     width = max(len(p.name) for p in found)
     for p in found:
-        print(f"{p.name:<{width}}  {p.distribution} {p.version}  {p.origin}")
+        print(f"{p.name:<{width}}  {p.distribution} {p.version}  {p.origin}  {_contract(p)}")
+    for name, claims in _claimed_twice(found).items():
+        print(f"{name:<{width}}  cannot be used: {claims} both claim it. Uninstall all but one of them.")
     return 0
+
+
+def _contract(plugin: plugins.Plugin) -> str:
+    misfit = plugins.contract_misfit(plugin)
+    if misfit:
+        return f"REFUSED: {misfit}"
+    return "contract 1 (not declared)" if plugin.contract is None else f"contract {plugin.contract}, fits"
+
+
+def _claimed_twice(found: Sequence[plugins.Plugin]) -> dict[str, str]:
+    """Names that more than one distribution claims, and which do."""
+    names = [p.name for p in found]
+    return {name: " and ".join(f"{p.distribution} {p.version}" for p in found if p.name == name)
+            for name in dict.fromkeys(names) if names.count(name) > 1}  # fmt: skip
+
+
+def _plugins() -> int:
+    """Who provides what. Every modality is loaded, every verb found: what is broken says so, and stops nothing else."""
+    modalities, commands = plugins.installed(), plugins.installed(plugins.COMMANDS)
+    if not modalities and not commands:
+        print("No plugin is installed.")
+    for title in sorted({f"{p.distribution} {p.version}" for p in [*modalities, *commands]}):
+        print(title)
+        for p in modalities:
+            if f"{p.distribution} {p.version}" == title:
+                print(f"  modality {p.name:<14} {p.origin}  {_contract(p)}")
+                print(f"    {_trouble(lambda p=p: plugins.load(p.name)) or 'loads'}")
+        for p in commands:
+            if f"{p.distribution} {p.version}" == title:
+                trouble = _trouble(lambda p=p: _command(p.name))
+                print(f"  verb     {p.name:<14} {p.origin}" + (f"\n    {trouble}" if trouble else ""))
+    return 0
+
+
+def _trouble(load: Callable[[], Any]) -> str:
+    try:
+        load()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _plugin_command(verb: str, rest: Sequence[str]) -> int:
     """A verb that a plugin brings: `d2v.commands` names a function from arguments to an exit status."""
-    known = ["run", "config", "modalities", *(p.name for p in plugins.installed(plugins.COMMANDS))]
+    known = [
+        "run",
+        "config",
+        "modalities",
+        "plugins",
+        "check",
+        "new",
+        *(p.name for p in plugins.installed(plugins.COMMANDS)),
+    ]
     if verb not in known:
         import difflib
 
@@ -93,16 +151,20 @@ def _plugin_command(verb: str, rest: Sequence[str]) -> int:
         raise UserError(
             f"{verb!r} is not a command. There are: {', '.join(known)}." + (f" Did you mean {near[0]}?" if near else "")
         )
+    return int(_command(verb)(list(rest)))
+
+
+def _command(verb: str) -> Callable[[list[str]], int]:
+    """The function behind a plugin's verb. Raises UserError where it cannot be loaded."""
     entry = plugins.find(verb, plugins.COMMANDS)
     module, _, function = entry.value.partition(":")
     try:
-        command = getattr(importlib.import_module(module), function)
-    except Exception as error:
+        return getattr(importlib.import_module(module), function)
+    except (Exception, SystemExit) as error:
         name = entry.dist.name if entry.dist else "its distribution"
         raise UserError(
             f"The command {verb!r} from {name} cannot be loaded ({entry.value}): {type(error).__name__}: {error}."
         ) from error
-    return int(command(list(rest)))
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -14,13 +14,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from d2v_core.errors import UserError
+from d2v_core.hookspecs import CONTRACT_VERSION as CONTRACT_VERSION
 
 if TYPE_CHECKING:
     from d2v_core.config import RunConfig
@@ -285,6 +286,15 @@ class MaskingPolicy(Protocol):
     """Draws masks without a network. `rngs` has one generator per sample, made for this sample and epoch."""
 
     def __call__(self, layouts: Sequence[Layout], num_copies: int, rngs: Sequence[np.random.Generator]) -> Masks: ...
+
+
+@runtime_checkable
+class StatesShare(Protocol):
+    """A masking policy that says how much it hides; `d2v check` holds it to that. Optional."""
+
+    def hidden_share(self, layout: Layout) -> tuple[float, float]:
+        """Bounds, from 0 to 1, of the mean share of tokens hidden in a sample that is masked by itself; often equal."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,14 @@ import pluggy
 if TYPE_CHECKING:
     from d2v_core.contract import Modality
 
+CONTRACT_VERSION = 1
+"""Of the contract between core and modalities (`d2v_core.contract`). Raised by a change that a plugin has to follow,
+never by one that has a default.
+
+A plugin's module says for which version it was built: `D2V_CONTRACT = 1`, a number written out, since it is read before
+the module is imported. One that says nothing counts as built for version 1, which was the first.
+"""
+
 hookspec = pluggy.HookspecMarker("d2v")
 hookimpl = pluggy.HookimplMarker("d2v")
 

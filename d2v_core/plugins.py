@@ -6,17 +6,24 @@ the hook `d2v_modality`. Listing reads metadata only, so a broken plugin cannot 
 
 from __future__ import annotations
 
+import ast
 import difflib
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from d2v_core import __version__
 from d2v_core.errors import UserError
+from d2v_core.hookspecs import CONTRACT_VERSION
 
 if TYPE_CHECKING:
     from d2v_core.contract import Modality
 
+CONTRACT_NAME = "D2V_CONTRACT"
 GROUP = "d2v.modalities"
 COMMANDS = "d2v.commands"
 
@@ -30,6 +37,8 @@ class Plugin:
     version: str
     origin: str
     """The module, and what it calls inside for a command."""
+    contract: int | None = None
+    """Of a modality: the version of the contract that its module declares; None = it says nothing."""
 
 
 def installed(group: str = GROUP) -> list[Plugin]:
@@ -73,9 +82,12 @@ def load(name: str) -> type[Modality[Any]]:
     entry = find(name)
     plugin = _describe(entry)
     whence = f"modality {name!r} from {plugin.distribution} {plugin.version}, module {plugin.origin}"
+    misfit = contract_misfit(plugin)
+    if misfit:
+        raise UserError(f"The plugin of {whence} is refused: {misfit}")
     try:
         module = import_module(entry.value)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"The plugin of {whence} cannot be imported: {type(error).__name__}: {error}. "
             f"Reinstall or remove {plugin.distribution}; other modalities are not affected."
@@ -89,7 +101,7 @@ def load(name: str) -> type[Modality[Any]]:
         answers = manager.hook.d2v_modality()
     except pluggy.PluginValidationError as error:
         raise UserError(f"The plugin of {whence} has a hook that d2v does not know: {error}.") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"The plugin of {whence} fails in d2v_modality(): {type(error).__name__}: {error}.") from error
     from d2v_core.contract import Modality
 
@@ -102,12 +114,64 @@ def load(name: str) -> type[Modality[Any]]:
         raise UserError(
             f"The plugin of {whence} returns {answers!r} from d2v_modality(); expected a subclass of d2v_core.Modality."
         )
-    if answers.name != name:
+    if getattr(answers, "name", None) != name:
         raise UserError(
-            f"The plugin of {whence} brings a modality that calls itself {answers.name!r}; "
+            f"The plugin of {whence} brings a modality that calls itself {getattr(answers, 'name', None)!r}; "
             "its `name` and the entry point's must agree."
         )
     return cast("type[Modality[Any]]", answers)
+
+
+def contract_misfit(plugin: Plugin) -> str:
+    """Why a plugin cannot work with this d2v, as a sentence; empty where it can. One that says nothing counts as built
+    for version 1, the first."""
+    built = 1 if plugin.contract is None else plugin.contract
+    if built == CONTRACT_VERSION:
+        return ""
+    older = built < CONTRACT_VERSION
+    return (
+        f"{plugin.distribution} {plugin.version} was built for version {built} of the contract, this d2v "
+        f"({__version__}) has version {CONTRACT_VERSION}. Install "
+        + (f"a newer {plugin.distribution}, or an older d2v." if older else "a newer d2v.")
+    )
+
+
+def contract_of(entry: EntryPoint) -> int | None:
+    """The number that a plugin's module assigns to D2V_CONTRACT, read from its source; None where it says none.
+
+    Nothing is imported: a plugin of another version may fail in its first line, with an error that says nothing of the
+    reason.
+    """
+    source = _source(entry.value.split(":")[0].strip().split("."))
+    try:
+        tree = ast.parse("" if source is None else Path(source).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return None  # importing it says what is wrong
+    for node in tree.body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        named = any(isinstance(target, ast.Name) and target.id == CONTRACT_NAME for target in targets)
+        value = getattr(node, "value", None)
+        if named and isinstance(value, ast.Constant) and isinstance(value.value, int):
+            return value.value
+    return None
+
+
+def _source(words: Sequence[str]) -> str | None:
+    """The file of a dotted module, found as an import would find it, but without importing its packages."""
+    path: Sequence[str] | None = None
+    spec = None
+    for i in range(len(words)):
+        name = ".".join(words[: i + 1])
+        finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
+        spec = next((found for find in finders if find and (found := find(name, path)) is not None), None)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+        if path is None and i < len(words) - 1:
+            return None
+    return None if spec is None else spec.origin
 
 
 def _describe(entry: EntryPoint) -> Plugin:
@@ -117,4 +181,5 @@ def _describe(entry: EntryPoint) -> Plugin:
         "an unknown distribution" if dist is None else dist.name,
         "" if dist is None else dist.version,
         entry.value,
+        contract_of(entry) if entry.group == GROUP else None,
     )

@@ -11,6 +11,7 @@ import pytest
 
 from d2v_core import plugins
 from d2v_core.errors import UserError
+from d2v_core.hookspecs import CONTRACT_VERSION
 
 GOOD = """
 from d2v_core.hookspecs import hookimpl
@@ -46,13 +47,95 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_stranger_is_found_listed_and_loaded_like_the_built_ins(distribution, d2v):
     module = distribution("d2v-extra", "extra", GOOD.format(name="extra"))
-    assert plugins.Plugin("extra", "d2v-extra", "1.5", module) in plugins.installed()
+    assert plugins.Plugin("extra", "d2v-extra", "1.5", module, None) in plugins.installed()
     assert plugins.load("extra").name == "extra"
     status, text = d2v("modalities")
     assert status == 0 and f"d2v-extra 1.5  {module}" in text and "d2v-toy 1.0  d2v_toy" in text
     assert plugins.names() == sorted(plugins.names()) and {"extra", "toy"} <= set(plugins.names())
     status, text = d2v("config", "modality=extra")
     assert status == 0 and "modality: extra" in text
+
+
+CONTRACT = "D2V_CONTRACT = {}\n" + GOOD
+
+
+def test_the_contract_version_is_read_without_importing(distribution):
+    """A plugin of another time may fail in its first line; the reason is said instead."""
+    for number, dist in ((0, "d2v-old"), (99, "d2v-new")):
+        distribution(dist, dist[4:], CONTRACT.format(number, name=dist[4:]) + "import gone\n")
+    with pytest.raises(
+        UserError,
+        match=r"modality 'old' from d2v-old 1.5, module .* is refused: d2v-old 1.5 was built for version 0 of the "
+        r"contract, this d2v \(.*\) has version 1. Install a newer d2v-old, or an older d2v\.",
+    ):
+        plugins.load("old")
+    with pytest.raises(UserError, match=r"built for version 99 of the contract.*Install a newer d2v"):
+        plugins.load("new")
+    contracts = {p.name: p.contract for p in plugins.installed()}
+    assert contracts["old"] == 0 and contracts["new"] == 99 and contracts["toy"] == CONTRACT_VERSION
+
+
+@pytest.mark.parametrize(
+    ("line", "declared"),
+    [
+        ("D2V_CONTRACT = 1", 1), ("D2V_CONTRACT: int = 1", 1), ("D2V_CONTRACT = one", None), ("", None),
+        ("D2V_CONTRACT = '1'", None), ("if True:\n    D2V_CONTRACT = 1", None), ("D2V_CONTRACT", None), ("x = (", None),
+    ],
+)  # fmt: skip
+def test_what_counts_as_a_declaration(distribution, line: str, declared: int | None):
+    distribution("d2v-says", "says", f"{line}\n")
+    assert next(p.contract for p in plugins.installed() if p.name == "says") == declared
+
+
+def test_the_contract_of_a_module_in_a_package_is_read_without_importing_the_package(distribution, tmp_path: Path):
+    package = tmp_path / f"deep_{tmp_path.name}"
+    package.mkdir()
+    (package / "__init__.py").write_text("import gone")
+    (package / "plugin.py").write_text("D2V_CONTRACT = 7")
+    distribution("d2v-deep", "deep", "", value=f"{package.name}.plugin")
+    assert next(p.contract for p in plugins.installed() if p.name == "deep") == 7
+
+
+def test_one_that_declares_nothing_counts_as_built_for_the_first_version(distribution):
+    distribution("d2v-silent", "silent", GOOD.format(name="silent"))
+    assert plugins.load("silent").name == "silent"  # for as long as that is the version
+
+
+def test_who_provides_what_and_what_is_wrong_with_it(distribution, d2v):
+    """Each fault has its sentence, and none keeps the others from being shown, loaded or run."""
+    distribution("d2v-fine", "fine", CONTRACT.format(1, name="fine"))
+    distribution("d2v-old", "old", CONTRACT.format(0, name="old"))
+    distribution("d2v-broken", "broken", "import a_library_that_is_not_there")
+    distribution("d2v-quits", "quits", "import sys; sys.exit(3)")
+    distribution("d2v-typo", "typo", GOOD.format(name="typo").replace("def d2v_modality", "def d2v_modalty"))
+    distribution("d2v-wrong", "wrong", GOOD.format(name="wrong").replace("return Renamed", "return 3"))
+    distribution("d2v-missing", "missing", "", value="no_such_module_anywhere")
+    for dist in ("d2v-one", "d2v-two"):
+        distribution(dist, "twice", GOOD.format(name="twice"))
+    distribution("d2v-verbs", "odd-verb", "import gone", plugins.COMMANDS, "{module}:main")
+    status, text = d2v("plugins")
+    assert status == 0
+    for title, sentence in (
+        ("d2v-fine 1.5", "contract 1, fits\n    loads"),
+        ("d2v-old 1.5", "REFUSED: d2v-old 1.5 was built for version 0"),
+        ("d2v-broken 1.5", "cannot be imported: ModuleNotFoundError"),
+        ("d2v-quits 1.5", "cannot be imported: SystemExit: 3"),
+        ("d2v-typo 1.5", "has a hook that d2v does not know"),
+        ("d2v-wrong 1.5", "returns 3 from d2v_modality"),
+        ("d2v-missing 1.5", "cannot be imported: ModuleNotFoundError"),
+        ("d2v-one 1.5", "The modality 'twice' is claimed by"),
+        ("d2v-two 1.5", "The modality 'twice' is claimed by"),
+        ("d2v-verbs 1.5", "The command 'odd-verb' from d2v-verbs cannot be loaded"),
+        ("d2v-toy 1.0", "contract 1, fits\n    loads"),
+    ):
+        part = text.split(f"{title}\n")[1].split("\nd2v-")[0]
+        assert sentence in part, part
+    status, text = d2v("modalities")
+    assert status == 0 and "twice" in text and "cannot be used: d2v-one 1.5 and d2v-two 1.5 both claim it" in text
+    assert "contract 1 (not declared)" in text and "REFUSED: d2v-old" in text
+    assert d2v("config", "modality=toy")[0] == 0 and d2v("config", "modality=fine")[0] == 0
+    status, text = d2v("config", "modality=old")
+    assert status == 2 and "is refused: d2v-old 1.5 was built for version 0" in text
 
 
 def test_unknown(d2v):

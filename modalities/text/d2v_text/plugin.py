@@ -9,6 +9,8 @@ from d2v_core.hookspecs import hookimpl
 if TYPE_CHECKING:
     from d2v_core.contract import Modality
 
+D2V_CONTRACT = 1
+
 
 @hookimpl
 def d2v_modality() -> type[Modality[Any]]:

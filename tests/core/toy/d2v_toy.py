@@ -28,7 +28,6 @@ from d2v_core import (
     Tokens,
 )
 from d2v_core.config import ModelConfig, opt
-from d2v_core.hookspecs import hookimpl
 from d2v_core.keyed import generator
 from d2v_core.masking import SpanMaskingConfig
 
@@ -209,8 +208,3 @@ class ToyModality(Modality[np.ndarray]):
     def teacher_parts(self):
         parts = {"": "average", "encoder.mask_embedding": "share"}
         return parts | ({"encoder.embedding": "share"} if self.config.encoder == "shared" else {})
-
-
-@hookimpl
-def d2v_modality() -> type[ToyModality]:
-    return ToyModality
