@@ -52,6 +52,18 @@ def span_mask(
     return mask
 
 
+def covered_share(num_tokens: int, mask_length: int, num_spans: int, num_starts: int) -> float:
+    """Mean share of tokens under `num_spans` spans that begin at distinct places among the first `num_starts`.
+
+    A token is missed where none of the starts that would reach it is drawn, which is a hypergeometric chance.
+    """
+    missed = 0.0
+    for token in range(num_tokens):
+        reaching = max(min(token, num_starts - 1) - max(token - mask_length + 1, 0) + 1, 0)
+        missed += math.comb(num_starts - reaching, num_spans) / math.comb(num_starts, num_spans)
+    return 1.0 - missed / num_tokens
+
+
 def trim_mask(mask: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Keep `count` of the True places of a (T,) mask, chosen uniformly."""
     places = np.flatnonzero(mask)
@@ -74,6 +86,24 @@ class SpanMasking:
         if not 0 <= config.mask_dropout < 1:
             raise ValueError(f"mask.mask_dropout={config.mask_dropout} must lie between 0 and 1")
         self.config = config
+
+    def hidden_share(self, layout: Layout) -> tuple[float, float]:
+        """The exact mean, where the whole sample may be hidden and no mask is cut to leave one token visible."""
+        config, size = self.config, layout.num_tokens
+        if layout.maskable is not None:
+            return 0.0, 1.0
+        spans = config.mask_prob * size / config.mask_length
+        means = {}
+        for count in (math.floor(spans), math.floor(spans) + 1):
+            num_spans = max(count, config.min_spans)
+            means[count] = covered_share(
+                size, config.mask_length, num_spans, max(size - config.mask_length, num_spans + 1)
+            )
+        more = spans - math.floor(spans)
+        mean = (1 - more) * means[math.floor(spans)] + more * means[math.floor(spans) + 1]
+        spread = 0.5 / size if config.mask_dropout > 0 else 0.0  # of rounding to whole tokens
+        mean *= 1 - config.mask_dropout
+        return mean - spread, mean + spread
 
     def __call__(self, layouts: Sequence[Layout], num_copies: int, rngs: Sequence[np.random.Generator]) -> Masks:
         config = self.config
@@ -125,6 +155,12 @@ def draw_blocks(shape: tuple[int, ...], config: BlockMaskingConfig, rng: np.rand
     return blocks
 
 
+def num_in_blocks(num_allowed: int, config: BlockMaskingConfig) -> int:
+    """How many tokens stand in blocks in the end, of those that the mask is about."""
+    count = int(num_allowed * (1.0 - config.mask_prob if config.inverse else config.mask_prob))
+    return max(min(count, num_allowed - 1), 1) if num_allowed > 1 else int(not config.inverse)
+
+
 def block_mask(
     shape: tuple[int, ...], config: BlockMaskingConfig, rng: np.random.Generator, allowed: np.ndarray | None = None
 ) -> np.ndarray:
@@ -135,9 +171,7 @@ def block_mask(
     """
     if allowed is None:
         allowed = np.ones(math.prod(shape), dtype=bool)
-    num_allowed = int(allowed.sum())
-    count = int(num_allowed * (1.0 - config.mask_prob if config.inverse else config.mask_prob))
-    count = max(min(count, num_allowed - 1), 1) if num_allowed > 1 else int(not config.inverse)
+    count = num_in_blocks(int(allowed.sum()), config)
     blocks = trim_mask(draw_blocks(shape, config, rng).ravel() & allowed, count, rng)
     missing = count - int(blocks.sum())
     if missing > 0:
@@ -164,6 +198,15 @@ class BlockMasking:
         if not 0 <= config.adjust < 1:
             raise ValueError(f"mask.adjust={config.adjust} must be at least 0 and below 1")
         self.config, self.official_quirks = config, official_quirks
+
+    def hidden_share(self, layout: Layout) -> tuple[float, float]:
+        """The exact share, which every mask has."""
+        if self.official_quirks:
+            return 0.0, 1.0
+        allowed = layout.num_tokens if layout.maskable is None else int(layout.maskable.sum())
+        count = num_in_blocks(allowed, self.config)
+        share = (allowed - count if self.config.inverse else count) / layout.num_tokens
+        return share, share
 
     def __call__(self, layouts: Sequence[Layout], num_copies: int, rngs: Sequence[np.random.Generator]) -> Masks:
         shapes = {layout.shape for layout in layouts}

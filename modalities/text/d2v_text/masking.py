@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ import numpy as np
 
 from d2v_core.config import opt
 from d2v_core.contract import Layout, Masks
+from d2v_core.masking import covered_share
 from d2v_text.tokenizer import NUM_SPECIAL, Vocabulary
 
 # Codes in Masks.fill where no id is put; an id is 0 or more.
@@ -86,6 +88,21 @@ class TokenMasking:
             for row in rows:
                 row[: layout.num_tokens] = self.draw(layout, rng)
         return Masks.of(fill >= 0, self._scored(fill), fill)
+
+    def hidden_share(self, layout: Layout) -> tuple[float, float]:
+        """The mean of what `select` selects, without the share that is left alone.
+
+        Of very short sequences less is hidden, since one token is never selected: the bounds leave room for that one.
+        """
+        config, size = self.config, layout.num_tokens
+        if layout.maskable is not None or config.score == "masked":
+            return 0.0, 1.0
+        spans = config.mask_prob * size / config.mask_length
+        few, more = math.floor(spans), spans - math.floor(spans)
+        shares = [covered_share(size, config.mask_length, max(n, 1), size) for n in (few, few + 1)]
+        selected = (1 - more) * shares[0] + more * shares[1]
+        most = selected * (1 - config.unmasked_prob)
+        return (most if selected < 0.9 else most - 1 / size), most
 
     def draw(self, layout: Layout, rng: np.random.Generator) -> np.ndarray:
         """(T,) int64: the id that replaces each token, or one of the codes below 0."""

@@ -78,6 +78,10 @@ class BlockMasking:
     def __init__(self, config: BlockMaskingConfig) -> None:
         self.config = config
 
+    def hidden_share(self, layout: Layout) -> tuple[float, float]:
+        """At least one patch, at most `num_patches`. How many a mask ends up short has no closed form."""
+        return 1 / layout.num_tokens, self.config.num_patches / layout.num_tokens
+
     def __call__(self, layouts: Sequence[Layout], num_copies: int, rngs: Sequence[np.random.Generator]) -> Masks:
         hidden = [
             [block_mask(layout.shape[0], layout.shape[1], self.config, rng).ravel() for _ in range(num_copies)]
