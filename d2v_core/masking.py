@@ -93,7 +93,7 @@ class SpanMasking:
         if layout.maskable is not None:
             return 0.0, 1.0
         spans = config.mask_prob * size / config.mask_length
-        means = {}
+        means: dict[int, float] = {}
         for count in (math.floor(spans), math.floor(spans) + 1):
             num_spans = max(count, config.min_spans)
             means[count] = covered_share(

@@ -114,12 +114,14 @@ def load(name: str) -> type[Modality[Any]]:
         raise UserError(
             f"The plugin of {whence} returns {answers!r} from d2v_modality(); expected a subclass of d2v_core.Modality."
         )
-    if getattr(answers, "name", None) != name:
+    kind = cast("type[Modality[Any]]", answers)
+    called = getattr(kind, "name", None)
+    if called != name:
         raise UserError(
-            f"The plugin of {whence} brings a modality that calls itself {getattr(answers, 'name', None)!r}; "
+            f"The plugin of {whence} brings a modality that calls itself {called!r}; "
             "its `name` and the entry point's must agree."
         )
-    return cast("type[Modality[Any]]", answers)
+    return kind
 
 
 def contract_misfit(plugin: Plugin) -> str:

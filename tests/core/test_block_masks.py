@@ -132,3 +132,16 @@ def test_official_quirk_padding_is_masked_too():
     masks = policy(True, **options)(layouts, 20, rngs(2))
     assert (masks.hidden.sum(-1) == 15).all() and masks.hidden[1, :, 21:].any()
     assert not policy(**options)(layouts, 20, rngs(2)).hidden[1, :, 21:].any()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_every_mask_hides_exactly_the_stated_share(inverse: bool):
+    policy = BlockMasking(BlockMaskingConfig(mask_prob=0.37, mask_length=3, inverse=inverse))
+    some = np.arange(24) % 3 > 0
+    for layout in (Layout((24,)), Layout((4, 6)), Layout((2,)), Layout((1,)), Layout((24,), maskable=some)):
+        (low, high) = policy.hidden_share(layout)
+        for seed in range(10):
+            share = float(policy([layout], 1, [generator(seed, "share")]).hidden.float().mean())
+            assert low == high == pytest.approx(share), layout
+    quirky = BlockMasking(BlockMaskingConfig(), official_quirks=True)
+    assert quirky.hidden_share(Layout((24,))) == (0.0, 1.0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 
-from d2v_core.contract import Layout, Masks
+from d2v_core.contract import Layout, Masks, StatesShare
 from d2v_core.keyed import generator
-from d2v_core.masking import SpanMasking, SpanMaskingConfig, span_mask, trim_mask
+from d2v_core.masking import SpanMasking, SpanMaskingConfig, covered_share, span_mask, trim_mask
 
 
 def draw(config: SpanMaskingConfig, sizes: list[int], copies: int = 1, epoch: int = 0) -> Masks:
@@ -153,3 +155,34 @@ def test_a_place_that_may_not_be_hidden_never_is():
         masks = policy([Layout((40,), maskable), Layout((40,))], 2, rngs)
         assert not masks.hidden[0, :, :7].any()
         assert masks.hidden.any()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "length", "spans", "starts"), [(9, 3, 2, 6), (7, 2, 3, 7), (5, 5, 1, 2), (6, 1, 2, 6)]
+)
+def test_the_mean_share_under_spans_equals_that_of_all_choices(num_tokens: int, length: int, spans: int, starts: int):
+    """Every set of starts, counted one by one."""
+    shares = []
+    for chosen in combinations(range(starts), spans):
+        covered = {place for start in chosen for place in range(start, start + length) if place < num_tokens}
+        shares.append(len(covered) / num_tokens)
+    assert covered_share(num_tokens, length, spans, starts) == pytest.approx(np.mean(shares))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SpanMaskingConfig(), SpanMaskingConfig(mask_prob=0.3, mask_length=4), SpanMaskingConfig(mask_dropout=0.3),
+        SpanMaskingConfig(mask_prob=0.1, min_spans=3),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("num_tokens", [12, 61])
+def test_a_policy_hides_as_much_as_it_states(config: SpanMaskingConfig, num_tokens: int):
+    policy, layout = SpanMasking(config), Layout((num_tokens,))
+    shares = [float(policy([layout], 1, [generator(i, "share")]).hidden.float().mean()) for i in range(2000)]
+    low, high = policy.hidden_share(layout)
+    assert isinstance(policy, StatesShare) and 0 < low <= high < 1
+    margin = 5 * np.std(shares) / np.sqrt(len(shares)) + 1e-9
+    if num_tokens > 3 * config.mask_length:  # of shorter ones, a token is shown again where all are hidden
+        assert low - margin <= np.mean(shares) <= high + margin
+    assert policy.hidden_share(Layout((9,), maskable=np.ones(9, bool))) == (0.0, 1.0)
