@@ -10,6 +10,7 @@ Every method and every encoder that the modality names is checked; the promises 
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from d2v_core.config import opt, options, read_yaml
 from d2v_core.contract import Modality
 from d2v_core.errors import UserError
 from d2v_core.promises import OF_THE_PLUGIN, PROMISES, Broken, Case, NothingToCheck, explain
+
+INDENT = " " * 9  # of what is wrong, under its promise
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _indented(text: str) -> str:
-    return "\n".join(f"         {line}" for line in text.splitlines())
+    return "\n".join(
+        textwrap.fill(line, 110, initial_indent=INDENT, subsequent_indent=INDENT) for line in text.splitlines()
+    )
 
 
 class Conformance:

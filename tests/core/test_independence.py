@@ -9,7 +9,11 @@ import pytest
 
 import d2v_core
 
-SOURCES = sorted(Path(d2v_core.__file__).parent.glob("*.py"))
+SOURCES = sorted(
+    path
+    for path in Path(d2v_core.__file__).parent.rglob("*.py")
+    if "template" not in path.parts  # of `d2v new`
+)
 WORDS = (
     r"audio|vision|\b(speech|waveform|librispeech|phones?|mel|images?|pixels?)\b"
     r"|tokeni[sz]er|vocabular|\bbpe\b"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -14,14 +14,14 @@ import pytest
 from d2v_core import cli, new
 from d2v_core.hookspecs import CONTRACT_VERSION
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
-def seismic(tmp_path: Path) -> Path:
-    """What `d2v new seismic` writes."""
+def seismic(tmp_path: Path) -> Generator[Path]:
+    """What `d2v new seismic` writes; what a test imported of it is forgotten."""
     new.write("seismic", tmp_path / "d2v-seismic")
-    return tmp_path / "d2v-seismic"
+    yield tmp_path / "d2v-seismic"
+    for name in [name for name in sys.modules if name.split(".")[0] == "d2v_seismic"]:
+        del sys.modules[name]
 
 
 def test_the_name_stands_everywhere(seismic: Path) -> None:
@@ -65,7 +65,9 @@ def test_it_builds(seismic: Path, tmp_path: Path) -> None:
     assert points.read_text().split() == ["[d2v.modalities]", "seismic", "=", "d2v_seismic.plugin"]
 
 
-def test_it_works_before_a_line_is_changed(seismic: Path, tmp_path: Path) -> None:
+def test_it_works_before_a_line_is_changed(
+    seismic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d2v: Callable[..., tuple[int, str]]
+) -> None:
     """Found by the entry point of its pyproject, checked and run like any other."""
     info = seismic / "d2v_seismic-0.1.0.dist-info"
     info.mkdir()
@@ -73,22 +75,14 @@ def test_it_works_before_a_line_is_changed(seismic: Path, tmp_path: Path) -> Non
     point = re.search(r'entry-points."d2v.modalities"\]\n(\w+) = "([\w.]+)"', (seismic / "pyproject.toml").read_text())
     assert point is not None
     (info / "entry_points.txt").write_text(f"[d2v.modalities]\n{point[1]} = {point[2]}\n")
-    site = seismic
-    path = os.pathsep.join([str(site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-    def d2v(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "d2v_core", *words], env=environment, cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    assert re.search(r"seismic +d2v-seismic 0.1.0  d2v_seismic.plugin  contract 1, fits", d2v("modalities"))
-    text = d2v("check", "seismic")
-    assert re.search(r"All \d\d promises kept", text), text
-    d2v("run", "modality=seismic", "train.max_steps=3", "out=run", "data.num_signals=30")
-    assert (tmp_path / "run" / "summary.json").is_file()
+    monkeypatch.syspath_prepend(str(seismic))
+    monkeypatch.chdir(tmp_path)
+    status, text = d2v("modalities")
+    assert status == 0 and re.search(r"seismic +d2v-seismic 0.1.0  d2v_seismic.plugin  contract 1, fits", text)
+    status, text = d2v("check", "seismic")
+    assert status == 0 and re.search(r"All \d\d promises kept", text), text
+    status, text = d2v("run", "modality=seismic", "train.max_steps=3", "out=run", "data.num_signals=30")
+    assert status == 0 and (tmp_path / "run" / "summary.json").is_file(), text
 
 
 def test_its_own_files(seismic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

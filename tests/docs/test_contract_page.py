@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import d2v_core
 from d2v_core import contract, hookspecs, promises, testing
+from d2v_core.promises import case, training
 
 PAGE = (Path(__file__).parents[2] / "docs" / "contract.md").read_text(encoding="utf-8")
 IN_CODE = {word for span in re.findall(r"`([^`\n]+)`", PAGE) for word in re.findall(r"\w+", span)}
@@ -76,7 +78,12 @@ def test_every_public_name(name: str) -> None:
     assert one.__doc__, name
 
 
-@pytest.mark.parametrize("module", [contract, hookspecs, promises, testing], ids=lambda module: module.__name__)
+KIT = [
+    importlib.import_module(f"{promises.__name__}.{path.stem}") for path in Path(promises.__path__[0]).glob("[a-z]*.py")
+]
+
+
+@pytest.mark.parametrize("module", [contract, hookspecs, testing, *KIT], ids=lambda module: module.__name__)
 def test_every_public_function_has_a_docstring(module: Any) -> None:
     for name, one in vars(module).items():
         if (inspect.isfunction(one) or inspect.isclass(one)) and one.__module__ == module.__name__ and name[0] != "_":
@@ -89,7 +96,7 @@ def test_every_promise() -> None:
 
 
 def test_numbers_of_the_kit() -> None:
-    assert f"{promises.NUM_STEPS} steps of {promises.NUM_SAMPLES} samples" in PAGE
-    assert f"{promises.NUM_STEPS_OTHER} steps of two samples" in PAGE and promises.NUM_SAMPLES_OTHER == 2
-    assert f"{100 * promises.MOST_LEFT:.0f} % of what it was" in PAGE
+    assert f"{training.NUM_STEPS} steps of {case.NUM_SAMPLES} samples" in PAGE
+    assert f"{training.NUM_STEPS_OTHER} steps of two samples" in PAGE and case.NUM_SAMPLES_OTHER == 2
+    assert f"{100 * training.MOST_LEFT:.0f} % of what it was" in PAGE
     assert f"D2V_CONTRACT = {contract.CONTRACT_VERSION}`" in PAGE

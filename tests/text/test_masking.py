@@ -170,3 +170,17 @@ def test_the_same_generators_give_the_same_masks():
 def test_what_cannot_work_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         TokenMasking(TokenMaskingConfig(**options), Vocabulary(SIZE))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mask_prob": 0.4, "mask_length": 4}, {"random_prob": 0.0, "unmasked_prob": 0.5}]
+)
+@pytest.mark.parametrize("num_tokens", [16, 61])
+def test_as_much_is_hidden_as_the_policy_states(num_tokens: int, options: dict[str, float]):
+    policy, layout = TokenMasking(TokenMaskingConfig(**options), Vocabulary(50)), Layout((num_tokens,))  # type: ignore
+    shares = [float(policy([layout], 1, [generator(i, "share")]).hidden.float().mean()) for i in range(2000)]
+    low, high = policy.hidden_share(layout)
+    margin = 5 * np.std(shares) / np.sqrt(len(shares))
+    assert low == high and low - margin <= np.mean(shares) <= high + margin
+    some = Layout((num_tokens,), maskable=np.arange(num_tokens) > 3)
+    assert policy.hidden_share(some) == (0.0, 1.0)
