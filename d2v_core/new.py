@@ -28,10 +28,13 @@ and a README that says how to go on. NAME is what will be typed in `d2v run moda
 
 
 def main(argv: Sequence[str]) -> int:
+    """`d2v new NAME`: the exit status."""
     words = list(argv)
-    if not words or {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
         print(HELP, end="")
-        return 0 if words else 2
+        return 0
+    if not words:
+        raise UserError("d2v new needs a name for the modality: d2v new NAME.")
     name, options = words[0], words[1:]
     out = Path(f"d2v-{name}")
     for option in options:

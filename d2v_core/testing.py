@@ -131,7 +131,7 @@ def first_line(promise: str) -> str:
 def main(argv: Sequence[str]) -> int:
     """`d2v check NAME`: 0 where every promise is kept, 2 where one is broken."""
     words = list(argv)
-    if not words or {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
         print(
             "d2v check NAME [key=value ...]\n\nHolds an installed modality to the contract. It checks, in this order:\n"
         )
@@ -140,9 +140,12 @@ def main(argv: Sequence[str]) -> int:
         print("\nOptions:")
         for name, one in CheckConfig.__dataclass_fields__.items():
             print(f"  {name}={'[]' if name == 'promises' else 'null'}: {one.metadata['doc']}")
-        return 0 if words else 2
-    if "=" in words[0]:
-        raise UserError(f"d2v check needs the name of a modality first: d2v check NAME {words[0]}")
+        return 0
+    if not words or "=" in words[0]:
+        raise UserError(
+            "d2v check needs the name of a modality first: d2v check "
+            f"{' '.join(['NAME', *words])}. Installed: {', '.join(plugins.names()) or 'none'}."
+        )
     config = options(CheckConfig, words[1:], "check")
     broken, count, shown, started = 0, 0, "", time.perf_counter()
     for result in check(words[0], config.method, config.encoder, config.promises):

@@ -630,7 +630,8 @@ def test_the_verb(install, d2v):
         (["toy", "method=data2vec3"], "method=data2vec3 is not one of toy's methods: data2vec, data2vec2"),
         (["toy", "promises=[pading]"], "promises=pading is not one of the promises"),
         (["toy", "metod=x"], "check: .*Did you mean: 'method'"),
-        (["method=data2vec"], "needs the name of a modality first"),
+        (["method=data2vec"], "needs the name of a modality first: d2v check NAME method=data2vec. Installed: .*toy"),
+        ([], "needs the name of a modality first: d2v check NAME. Installed: "),
     ):
         status, text = d2v("check", *words)
         assert status == 2 and re.search(expected, " ".join(text.split())), text
