@@ -73,7 +73,7 @@ def _two_updates(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
         for number, batch in enumerate(given):
             batches |= {f"{name} of step {step}, part {number}": value for name, value in batch.inputs.items()}
             if batch.masks is not None:
-                batches[f"masks of step {step}, part {number}"] = batch.masks.scored
+                batches[f"masks of step {step}, part {number}"] = torch.stack([batch.masks.hidden, batch.masks.scored])
         updater.update(step, given, modality.teacher_inputs)
     steps.close()
     return initial, batches, model.state_dict()
@@ -91,13 +91,13 @@ def resume(case: Case) -> str:
         whole, parted = Path(name) / "whole", Path(name) / "parted"
         modality = case.small(*words, f"out={whole}")
         open_run(modality.config)
-        Trainer(modality, whole, quiet).fit()
+        _fit(Trainer(modality, whole, quiet))
         shutil.copytree(whole, parted)
         shutil.rmtree(parted / "checkpoints" / "step-00000004")
         (parted / "summary.json").unlink()
         modality = case.small(*words, f"out={parted}", "resume=auto")
         _open_again(case, modality.config)
-        Trainer(modality, parted, quiet).fit()
+        _fit(Trainer(modality, parted, quiet))
         one, two = (checkpoint.load(folder / "checkpoints" / "step-00000004") for folder in (whole, parted))
         for part, a, b in (("student", one.model, two.model), ("teacher", one.teacher, two.teacher)):
             for tensor in a:
@@ -110,6 +110,12 @@ def resume(case: Case) -> str:
         _load_for_use(case, whole, one)
     torch.set_num_threads(before)
     return "4 steps, and 2 + 2"
+
+
+def _fit(trainer: Trainer) -> None:
+    """A run answers Ctrl-C by saving; what was asked for here is to stop."""
+    if trainer.fit() != 0:
+        raise KeyboardInterrupt
 
 
 def _open_again(case: Case, config: RunConfig) -> None:
