@@ -69,7 +69,7 @@ def log_probabilities(emissions: Emissions) -> Tensor:
 
 
 def ctc_loss(emissions: Emissions, targets: Tensor) -> Tensor:
-    """() float32, summed over the batch; a sample with too few tokens for its symbols counts 0.
+    """(B,) float32, of each sample; 0 where there are too few tokens for the symbols.
 
     targets: (B, S) int64, NOTHING behind the end of shorter ones.
     """
@@ -77,7 +77,7 @@ def ctc_loss(emissions: Emissions, targets: Tensor) -> Tensor:
     with torch.autocast(emissions.logits.device.type, enabled=False):
         log_probs = emissions.logits.float().log_softmax(-1).transpose(0, 1)
         return F.ctc_loss(
-            log_probs, targets.clamp(min=BLANK), emissions.lengths, lengths, BLANK, "sum", zero_infinity=True
+            log_probs, targets.clamp(min=BLANK), emissions.lengths, lengths, BLANK, "none", zero_infinity=True
         )
 
 
@@ -151,7 +151,7 @@ class Symbols(Objective):
         return TokenHead(model, config, len(self.symbols))
 
     def loss(self, output: Emissions, targets: Tensor) -> Tensor:
-        return ctc_loss(output, targets)
+        return ctc_loss(output, targets).sum()
 
     def split(self, features: PerToken) -> list[Tensor]:
         return [x[: int(length)] for x, length in zip(features.x, features.lengths, strict=True)]

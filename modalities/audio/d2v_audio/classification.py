@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PARTS: Mapping[str, str] = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev",
                             "test": "test"}  # fmt: skip
 LISTS: Mapping[str, str] = {"testing_list.txt": "test", "validation_list.txt": "dev"}  # of Speech Commands
+FOR_TRANSCRIPTS = "To learn to transcribe, take a recipe for that: preset=ctc_tiny, base_10m and others."
 NOISE = "_background_noise_"  # of Speech Commands: recordings to be mixed in, no class
 FIRST_UTTERANCE = 1_000_000  # of the built-in corpus; pre-training and the phone probe use those from 0 on
 
@@ -145,6 +146,8 @@ def open_classification(modality: AudioModality) -> Task[AudioSample]:
         found = _in_folders(data.path, report)
     else:
         raise UserError(f"data.path={data.path} is one file: expected a folder of class folders or a .tsv table.")
+    if len({label for part in found.parts.values() for _, label in part}) == 1 and report.clips[0].transcript:
+        raise UserError(f"data.path={data.path} has transcripts and no classes. {FOR_TRANSCRIPTS}")
     return _task(modality, found, report, config)
 
 
@@ -330,7 +333,7 @@ def _columns(given: str, config: LabelledConfig) -> tuple[str, ...]:
     if config.column not in there:
         raise UserError(
             f"data.path={given} has no column {config.column!r} to take the classes from. Its columns are: {shown}. "
-            "Name one with labelled.column=."
+            f"Name one with labelled.column=. {FOR_TRANSCRIPTS if {'transcript', 'text'} & set(there) else ''}".strip()
         )
     if config.split_column not in there and config.split_column != "split":
         raise UserError(f"data.path={given} has no column {config.split_column!r}. Its columns are: {shown}.")

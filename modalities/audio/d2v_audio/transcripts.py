@@ -25,13 +25,14 @@ from d2v_core.config import opt
 from d2v_core.contract import Dataset, LabelledPart, Task
 from d2v_core.ctc import sequences, tokens_needed
 from d2v_core.errors import UserError
-from d2v_core.files import first
+from d2v_core.files import existing, first
 from d2v_core.keyed import generator
 from d2v_core.labelled import ids
 
 if TYPE_CHECKING:
     from d2v_audio.modality import AudioModality
 
+EXPECTED = "a folder, a .tsv table or a fairseq manifest"
 TEXT_COLUMNS = ("transcript", "text", "sentence")
 FIRST_UTTERANCE = 2_000_000  # of the built-in corpus: none that pre-training, probe or first words have used
 UNITS_S: Mapping[str, float] = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -233,7 +234,7 @@ def read_transcribed(data: AudioConfig, config: TranscriptsConfig, split_column:
     there is no transcript.
     """
     assert data.path is not None
-    given, path = data.path, Path(data.path).expanduser()
+    given, path = data.path, existing(data.path, EXPECTED)
     manifests = _manifests(path) if path.is_dir() else []
     if manifests:
         reports = {file.stem: scan_data(replace(data, path=str(file)), None, least) for file in manifests}
@@ -247,7 +248,7 @@ def read_transcribed(data: AudioConfig, config: TranscriptsConfig, split_column:
         report = scan_data(data, None, least, columns)
         named = [(_with_text(clip, columns), clip.cells.get(split_column, "")) for clip in report.clips]
     else:
-        raise UserError(f"data.path={given} is one file: expected a folder, a .tsv table or a fairseq manifest.")
+        raise UserError(f"data.path={given} is one file: expected {EXPECTED}.")
     found = Found(report)
     if not any(clip.transcript for clip, _ in named):
         raise UserError(
