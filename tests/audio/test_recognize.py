@@ -21,7 +21,7 @@ from d2v_core.labelled import ids
 SMALL = {"model.embed_dim": "32", "model.num_layers": "2", "model.num_heads": "2", "target.top_k_layers": "2",
          "positions.groups": "4", "data.synthetic_clips": "8", "data.batch_s": "8", "train.max_steps": "2",
          "train.num_workers": "0", "train.tensorboard": "false", "train.probe": "false"}  # fmt: skip
-TUNING = {"stage": "finetune", "preset": "ctc_tiny", "labels": "20s", "labelled.synthetic_clips": "24",
+TUNING = {"stage": "finetune", "preset": "ctc_tiny", "labels": "20s", "labelled.synthetic_clips": "40",
           "train.max_steps": "4", "finetune.eval_every": "2", "finetune.head_steps": "30", "train.tensorboard": "false",
           "finetune.freeze_steps": "1", "finetune.mask_prob": "0.3", "finetune.mask_length": "2",
           "finetune.channel_mask_prob": "0.1", "finetune.channel_mask_length": "4", "model.layer_drop": "0.1",
@@ -55,12 +55,12 @@ def test_what_a_run_leaves(run: Path) -> None:
 
     task = json.loads((run / "task.json").read_text())
     assert task["symbols"] == list(Letters.official().symbols) and task["metrics"] == ["wer", "cer"]
-    spoken = Utterances("train", 24, 16000)
+    spoken = Utterances("train", 40, 16000)
     chosen = [int(name.split("-")[1]) for name in task["train"]]
     assert 18 < spoken.sizes[chosen].sum() / 16000 < 22 and len(set(chosen)) == len(chosen)
     result = json.loads((run / "summary.json").read_text())["finetune"]
     told = predictions(run, "test")
-    assert len(told) == 12
+    assert len(told) == 20
     edits = total(word_edits([label for label, _ in told.values()], [heard for _, heard in told.values()]))
     assert result["test"]["wer"] == pytest.approx(edits.rate, abs=0.01)
     scores = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
@@ -70,7 +70,7 @@ def test_what_a_run_leaves(run: Path) -> None:
 
 def test_it_says_what_the_run_wrote(run: Path) -> None:
     recognizer = load_recognizer(run)
-    spoken = Utterances("test", 12, 16000)
+    spoken = Utterances("test", 20, 16000)
     told = predictions(run, "test")
     assert [label for label, _ in told.values()] == [spoken.transcripts[int(n.split("-")[1])] for n in told]
     heard = recognizer.transcribe([3.0 * spoken.waveforms[int(n.split("-")[1])] + 1 for n in told])  # of any loudness
@@ -130,6 +130,6 @@ def test_the_subset_follows_the_seed_and_says_what_it_is(run: Path, capsys: pyte
         config, kind = load_config([f"{key}={value}" for key, value in words.items()])
         split = open_task(kind(config))
         chosen.append(list(ids(split.train)))
-        assert f"{len(chosen[-1])} of 24 labelled samples to train on, 6 to choose on, 12" in split.description
+        assert f"{len(chosen[-1])} of 40 labelled samples to train on, 10 to choose on, 20" in split.description
         assert "sequences of 32 symbols" in split.description
     assert chosen[0] != chosen[1] and json.loads((run / "task.json").read_text())["train"] == chosen[0]
