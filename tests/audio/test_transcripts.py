@@ -52,7 +52,8 @@ def make(pretrained: Path) -> Callable[..., AudioModality]:
     """The modality of a run on transcripts: make("data.path=...")."""
 
     def build(*words: str) -> AudioModality:
-        given = ["stage=finetune", "preset=ctc_tiny", f"from={pretrained}", *words]
+        preset = [] if any(word.startswith("preset=") for word in words) else ["preset=ctc_tiny"]
+        given = ["stage=finetune", *preset, f"from={pretrained}", *words]
         config, _ = load_config(given, lambda name: AudioModality)
         return AudioModality(config)
 
@@ -386,3 +387,12 @@ def test_the_official_recipes(preset: str, tmp_path: Path) -> None:
     frozen = {name for name in names if name.startswith(tuple(tune.frozen))}
     assert not names or {name.split(".")[2] for name in frozen} == {"convs", "norms"}
     assert json.dumps(config.to_dict()["transcripts"]["letters"]) == '"english"'
+
+
+@pytest.mark.parametrize("preset", ["ctc_tiny", "ctc_small"])
+def test_our_recipes_start_with_the_head(make, preset: str) -> None:
+    made = make(f"preset={preset}")
+    tune = made.config.finetune
+    assert tune.head_steps and tune.batch is None and made.config.optim.clip_grad_norm == 5.0
+    rectangles = made.config.section("augment", AugmentConfig).rectangles(LogMelConfig(), 2.0, generator(0, "x"))
+    assert rectangles is not None and len(rectangles) >= 4

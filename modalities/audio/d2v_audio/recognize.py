@@ -20,7 +20,7 @@ from d2v_audio import files
 from d2v_audio.data import AudioSample, normalise
 from d2v_audio.letters import Letters
 from d2v_audio.modality import AudioModality
-from d2v_core.ctc import greedy
+from d2v_core.ctc import Symbols, greedy
 from d2v_core.errors import UserError
 from d2v_core.finetune import LoadedFinetuned, load_finetuned
 
@@ -36,9 +36,9 @@ class Recognizer:
     """
 
     def __init__(self, loaded: LoadedFinetuned) -> None:
-        assert isinstance(loaded.modality, AudioModality)
+        assert isinstance(loaded.modality, AudioModality) and isinstance(loaded.objective, Symbols)
         self.loaded, self.modality, self.config, self.step = loaded, loaded.modality, loaded.config, loaded.step
-        self.letters = Letters(getattr(loaded.objective, "symbols"))  # noqa: B009
+        self.letters = Letters(loaded.objective.symbols)
         self.frame_s, self.offset_s = self.modality.geometry.hop_s, self.modality.geometry.offset_s
         self.sample_rate = self.modality.data.sample_rate
 
@@ -99,7 +99,7 @@ class Recognizer:
 def load_recognizer(path: str | Path) -> Recognizer:
     """The best weights of a run that was fine-tuned on transcripts. Raises UserError where there is no such thing."""
     loaded = load_finetuned(path)
-    if not isinstance(loaded.modality, AudioModality) or loaded.objective.asks_for != "symbols":
+    if not isinstance(loaded.modality, AudioModality) or not isinstance(loaded.objective, Symbols):
         raise UserError(
             f"{path} tells {loaded.objective.asks_for} of {loaded.modality.name}, and transcribing needs a run of "
             "modality=audio stage=finetune labelled.task=transcripts (preset=ctc_tiny and others)."
