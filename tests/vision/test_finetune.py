@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import d2v_core
-from d2v_core import cli, plugins
+from d2v_core import checkpoint, cli, plugins
 from d2v_core.config import load_config
 from d2v_core.contract import LabelledPart, Task
 from d2v_core.errors import UserError
@@ -485,10 +485,10 @@ def test_the_shared_bias_becomes_one_for_each_block(d2v: Run) -> None:
         return VisionModality(load_config([*given, *words], lambda name: VisionModality)[0])
 
     table = torch.randn_like(build_student(made()).encoder.get_parameter("positions.table"))
-    path = next(Path("pre/checkpoints").iterdir()) / "model.safetensors"
-    from safetensors.torch import save_file
-
-    save_file({**load_file(path), "student.encoder.positions.table": table}, path)
+    folder = next(Path("pre/checkpoints").iterdir())
+    stored = checkpoint.load(folder)
+    stored.model["student.encoder.positions.table"] = table
+    checkpoint.save(folder.parent, checkpoint.step_of(folder) + 1, stored, 1)
     shared, own = made(), made("features.bias=per_block")
     models = [build_network(one, Classes([str(i) for i in range(3)], ["accuracy"])).eval() for one in (shared, own)]
     for model, one in zip(models, (shared, own), strict=True):
