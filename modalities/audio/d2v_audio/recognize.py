@@ -48,11 +48,15 @@ class Recognizer:
 
     def read(self, path: str | Path) -> np.ndarray:
         """(S,) float32 of an audio file, at `sample_rate`. Raises UserError where it cannot be read."""
-        report = files.scan(path, sample_rate=self.sample_rate, max_bad_ratio=0.0)
         try:
+            report = files.scan(path, sample_rate=self.sample_rate, max_bad_ratio=0.0)
+            if len(report.clips) > 1:
+                raise UserError(f"{path} holds {len(report.clips)} audio files: give one.")
             return files.read(report.clips[0], self.sample_rate)
         except files.BadClip as error:
             raise UserError(f"{error}. Mend the file or leave it out.") from error
+        except UserError as error:
+            raise UserError(str(error).replace("data.path=", "").replace(", or raise data.max_bad_ratio", "")) from None
 
     def emissions(self, waveforms: Sequence[Waveform], batch_s: float = 0.0) -> list[Tensor]:
         """(T, letters) float32 log-probabilities of each waveform, on the host; T is its own number of frames.
