@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 import d2v_core
 from d2v_core.config import load_config
+from d2v_core.contract import Corruption
 from d2v_core.finetune import Finetuner
 from d2v_core.labelled import open_task
 from d2v_core.loop import OptimizerStep
@@ -85,8 +86,10 @@ class ResNet20(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
-    def forward(self, inputs: Mapping[str, Tensor], frozen: bool = False) -> Tensor:
-        del frozen
+    def forward(
+        self, inputs: Mapping[str, Tensor], corruption: Corruption | None = None, frozen: bool = False
+    ) -> Tensor:
+        del corruption, frozen
         return self.out(self.blocks(self.stem(inputs["image"])).mean((2, 3))).float()
 
 
@@ -96,7 +99,7 @@ class Supervised(Finetuner):
     def build(self, fresh: bool) -> None:
         del fresh
         torch.manual_seed(self.config.seed)
-        self.model = ResNet20(self.split.num_outputs).to(self.device).train()  # pyright: ignore[reportAttributeAccessIssue]
+        self.model = ResNet20(len(self.split.task.classes)).to(self.device).train()  # pyright: ignore[reportAttributeAccessIssue]
         self.averaged = None
         self.optimizer_step = OptimizerStep(self.model, self.config, self.device)
 

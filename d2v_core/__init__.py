@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from d2v_core.data2vec import Data2Vec, LinearPredictor
     from d2v_core.decoder import ConvDecoder
     from d2v_core.errors import UserError
-    from d2v_core.finetune import load_classifier
+    from d2v_core.finetune import load_classifier, load_finetuned
     from d2v_core.loss import RegressionLoss
     from d2v_core.masking import BlockMasking, SpanMasking, span_mask
     from d2v_core.positions import ConvPositions
@@ -65,6 +65,7 @@ _HOME = {
     "ConvPositions": "positions",
     "load": "run",
     "load_classifier": "finetune",
+    "load_finetuned": "finetune",
     "TopKTargets": "targets",
     "EMATeacher": "teacher",
     "Transformer": "transformer",
@@ -102,6 +103,7 @@ __all__ = [
     "__version__",
     "load",
     "load_classifier",
+    "load_finetuned",
     "span_mask",
 ]
 

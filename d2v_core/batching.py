@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,20 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from d2v_core.contract import BadSample, Batch, Batching, Dataset, LabelledPart, MaskingPolicy, Masks, Modality
+from d2v_core.contract import (
+    BadSample,
+    Batch,
+    Batching,
+    Dataset,
+    LabelledPart,
+    MaskingPolicy,
+    Masks,
+    Modality,
+    Targets,
+)
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator
+from d2v_core.masking import FinetuneMasking
 
 # Sorting by length with this much noise lets a sample meet others of its length in each epoch; cropping to the
 # shortest of a micro-batch then costs at most this share.
@@ -54,15 +65,7 @@ def plan_epoch(sizes: np.ndarray, batching: Batching, seed: int, epoch: int) -> 
     capped = np.minimum(sizes, batching.max_size)
     rng = generator(seed, "order", epoch)
     order = np.argsort(capped * (1.0 + LENGTH_NOISE * rng.random(len(capped))), kind="stable")[::-1]
-    groups: list[list[int]] = []
-    longest = 0
-    for i in map(int, order):
-        longest = max(longest, int(capped[i]))
-        if groups and groups[-1] and (len(groups[-1]) + 1) * longest <= batching.micro_batch:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-            longest = int(capped[i])
+    groups = _groups(order, capped, batching.micro_batch)
     parts = max(1, round(batching.batch / batching.micro_batch))
     shuffled = [groups[int(i)] for i in rng.permutation(len(groups))]
     steps = [shuffled[i : i + parts] for i in range(0, len(shuffled), parts)]
@@ -76,6 +79,20 @@ def plan_epoch(sizes: np.ndarray, batching: Batching, seed: int, epoch: int) -> 
         ]
         for step, members in enumerate(steps)
     ]
+
+
+def _groups(order: np.ndarray, sizes: np.ndarray, limit: int) -> list[list[int]]:
+    """Neighbours put together until count * longest would pass `limit`."""
+    groups: list[list[int]] = []
+    longest = 0
+    for i in map(int, order):
+        longest = max(longest, int(sizes[i]))
+        if groups and (len(groups[-1]) + 1) * longest <= limit:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            longest = int(sizes[i])
+    return groups
 
 
 def plan_labelled_epoch(
@@ -173,13 +190,15 @@ class _MicroBatches(_Reader):
 
 
 class _LabelledMicroBatches(_Reader):
-    """For fine-tuning and scoring: read, augment while training, collate, add targets."""
+    """For fine-tuning and scoring: read, augment and withhold while training, collate, add targets."""
 
     def __init__(
-        self, modality: Modality[Any], part: LabelledPart[Any], num_classes: int, seed: int, training: bool
+        self, modality: Modality[Any], part: LabelledPart[Any], targets: Targets, seed: int, training: bool
     ) -> None:
         super().__init__(modality, part.samples, seed)
-        self.labels, self.num_classes, self.training = part.labels, num_classes, training
+        self.labels, self.targets, self.training = part.labels, targets, training
+        config = modality.config
+        self.masking = FinetuneMasking(config.finetune, config.model.embed_dim) if training else None
 
     def __getitem__(self, micro: Any) -> Batch:
         assert isinstance(micro, MicroBatch)
@@ -192,15 +211,16 @@ class _LabelledMicroBatches(_Reader):
         if not samples:
             return Batch({}, None, skipped=skipped)
         inputs = self.modality.collate(samples)
-        targets = torch.as_tensor(self.labels[indices])
-        if self.num_classes:
-            targets = torch.nn.functional.one_hot(targets, self.num_classes)
-        targets = targets.float()
+        targets = self.targets(self.labels[indices])
         amount = self.modality.amount(inputs)
+        corruption = None
         if self.training:
             rng = generator(self.seed, "mix", micro.epoch, micro.step, micro.part)
             inputs, targets = self.modality.mix(inputs, targets, rng)
-        return Batch(inputs, None, ids, amount, skipped, targets)
+        if self.masking is not None:
+            rngs = [generator(self.seed, "withhold", micro.epoch, name) for name in ids]
+            corruption = self.masking([self.modality.layout(sample) for sample in samples], rngs)
+        return Batch(inputs, None, ids, amount, skipped, targets, corruption)
 
 
 def _start_worker(worker: int) -> None:
@@ -282,35 +302,53 @@ class StepLoader(Steps):
 
 
 class LabelledSteps(Steps):
-    """The steps of a fine-tuning run: batches of `batch` samples with targets."""
+    """The steps of a fine-tuning run: batches with targets, of `batch` samples, or of the size of pre-training's."""
 
     def __init__(
         self,
         modality: Modality[Any],
         part: LabelledPart[Any],
-        num_classes: int,
+        targets: Targets,
         *,
-        batch: int,
-        micro_batch: int,
+        batch: int | None,
+        micro_batch: int | None = None,
         seed: int,
         num_workers: int = 0,
         epoch: int = 0,
         step: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        sizes = part.samples.sizes
+        plan = (
+            partial(plan_epoch, sizes, _uncropped(modality, sizes), seed)
+            if batch is None
+            else partial(plan_labelled_epoch, sizes, batch, micro_batch or batch, seed)
+        )
         super().__init__(
-            _LabelledMicroBatches(modality, part, num_classes, seed, training=True),
-            partial(plan_labelled_epoch, part.samples.sizes, batch, micro_batch, seed),
+            _LabelledMicroBatches(modality, part, targets, seed, training=True),
+            plan,
             num_workers=num_workers, epoch=epoch, step=step, pin_memory=pin_memory,
         )  # fmt: skip
 
 
+def _uncropped(modality: Modality[Any], sizes: np.ndarray) -> Batching:
+    """Batches of the size of pre-training's, in which each sample keeps its length."""
+    return replace(modality.batching(), max_size=int(sizes.max()), crop=False)
+
+
 def labelled_batches(
-    modality: Modality[Any], part: LabelledPart[Any], num_classes: int, batch: int, num_workers: int = 0
+    modality: Modality[Any], part: LabelledPart[Any], targets: Targets, batch: int | None, num_workers: int = 0
 ) -> Iterator[Batch]:
-    """All of a labelled part once, without augmentation, in an order that pads little."""
+    """All of a labelled part once, without augmentation, in an order that pads little.
+
+    batch: samples; None = of the size of pre-training's micro-batches.
+    """
     sizes = part.samples.sizes
     order = np.argsort(sizes, kind="stable")
-    plan = _split(0, 0, order, batch, sizes)
-    reader = _LabelledMicroBatches(modality, part, num_classes, 0, training=False)
+    if batch is None:
+        groups = [np.array(group) for group in _groups(order, sizes, _uncropped(modality, sizes).micro_batch)]
+    else:
+        groups = [order[i : i + batch] for i in range(0, len(order), batch)]
+    plan = [MicroBatch(0, 0, i, len(groups), tuple(map(int, g)), int(sizes[g].max())) for i, g in enumerate(groups)]
+    reader = _LabelledMicroBatches(modality, part, targets, 0, training=False)
     yield from _loader(reader, plan, num_workers, False)

@@ -200,8 +200,8 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _stage(name: str) -> Any:
-    """The class that does a stage; torch is imported here."""
+    """What makes the object that does a stage; torch is imported here."""
     module, kind = {
-        "pretrain": ("trainer", "Trainer"), "finetune": ("finetune", "Finetuner"), "probe": ("probing", "Prober")
+        "pretrain": ("trainer", "Trainer"), "finetune": ("finetune", "finetuning"), "probe": ("probing", "Prober")
     }[name]  # fmt: skip
     return getattr(importlib.import_module(f"d2v_core.{module}"), kind)

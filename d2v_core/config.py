@@ -157,7 +157,9 @@ class FinetuneConfig:
         "student", "What to start from: the pre-trained student, its teacher, or the same network untrained."
     )
     dev_ratio: float = opt(0.1, "Share of the training part held back for choosing, where the data has no dev part.")
-    batch: int = opt(32, "Samples per optimizer step.")
+    batch: int | None = opt(
+        32, "Samples per optimizer step; null = by size, as the batches of pre-training are, with nothing cropped."
+    )
     micro_batch: int | None = opt(None, "Samples that run at once; null = the whole batch.")
     pool: Literal["mean", "first"] = opt("mean", "What the head reads: the mean of the tokens, or the first one.")
     final_norm: bool = opt(True, "Keep the transformer's last norm (pre-norm only), or leave it out.")
@@ -172,6 +174,26 @@ class FinetuneConfig:
         "Parameters of the network that are never trained, by the beginning of their names, such as encoder.embedding.",
     )
     freeze_steps: int = opt(0, "First updates in which the head learns alone.")
+    head_steps: int = opt(
+        0,
+        "Before all else, updates of the head's last map alone, on features of the network as it is, which are "
+        "computed once and held in memory.",
+    )
+    head_lr: float = opt(2e-2, "Peak learning rate of these updates, on standardised features.")
+    head_batch: int = opt(16, "Samples in each of these updates.")
+    mask_prob: float = opt(
+        0.0, "Expected share of tokens whose content is replaced while training if no two spans met; 0 = none."
+    )
+    mask_length: int = opt(10, "Length of a span of such tokens.")
+    channel_mask_prob: float = opt(
+        0.0, "Expected share of channels that are zero in a whole sample while training if no two spans met; 0 = none."
+    )
+    channel_mask_length: int = opt(64, "Length of a span of such channels.")
+    lrs: list[float] = opt(
+        [],
+        "Peak learning rates to try, each in a whole run of its own in a folder beside the others; the one whose best "
+        "dev score is best is kept, and only that is tested. Empty = optim.lr.",
+    )
     ema_decay: float | None = opt(None, "Moving average of the weights, which is then what is scored; null = none.")
     eval_every: int = opt(100, "Steps between scores on the dev part; the best one's weights are kept.")
 
@@ -203,7 +225,11 @@ KEYS: Mapping[str, tuple[Any, str]] = {
     "method": ("", "data2vec or data2vec2 where the modality has it; empty = the recipe's."),
     "official_quirks": (False, "Reproduce what data2vec 2.0's official code does by mistake; for comparison."),
     "from": (None, "Run folder whose weights this run starts from, on new data; null = from scratch."),
-    "labels": (None, "How many labelled samples to train on: 500, or 10%, spread evenly over classes; null = all."),
+    "labels": (
+        None,
+        "How many labelled samples to train on: 500, or 10%, spread evenly over classes, or an amount that the task "
+        "knows (10m, 1h); null = all.",
+    ),
     "out": (None, "Run folder; null = a new one under runs/."),
     "seed": (0, "Of every random choice."),
     "resume": ("never", "never = start anew in an empty folder; auto = go on with the run in `out` if there is one."),
@@ -356,10 +382,7 @@ def _on_top_of(stored: Mapping[str, Any], recipe: Mapping[str, Any], kept: Seque
     data = result.get("data")
     if isinstance(data, dict):
         result["data"] = {key: value for key, value in cast("dict[str, Any]", data).items() if key not in DATA_OF_RUN}
-    for key, value in recipe.items():
-        before = result.get(key)
-        result[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
-    return result
+    return _overlaid(result, recipe)
 
 
 def from_dict(stored: Mapping[str, Any], modality: type[Modality[Any]], source: str) -> RunConfig:
@@ -449,12 +472,20 @@ def check(config: RunConfig) -> RunConfig:
     if config.resume not in RESUME:
         problems.append(f"resume={config.resume} must be one of: {', '.join(RESUME)}.{_hint(config.resume, RESUME)}")
     tune = config.finetune
-    for key in ("batch", "eval_every"):
+    for key in ("eval_every", "head_batch", "mask_length", "channel_mask_length"):
         at_least(f"finetune.{key}", getattr(tune, key), 1)
-    if tune.micro_batch is not None and not 1 <= tune.micro_batch <= tune.batch:
+    if tune.batch is not None:
+        at_least("finetune.batch", tune.batch, 1)
+    if tune.batch is None and tune.micro_batch is not None:
+        problems.append(f"finetune.micro_batch={tune.micro_batch} counts samples, but finetune.batch=null does not")
+    elif tune.micro_batch is not None and not 1 <= tune.micro_batch <= (tune.batch or 0):
         problems.append(f"finetune.micro_batch={tune.micro_batch} must lie between 1 and finetune.batch={tune.batch}")
-    at_least("finetune.freeze_steps", tune.freeze_steps, 0)
-    for key in ("dev_ratio", "head_dropout", "label_smoothing"):
+    for key in ("freeze_steps", "head_steps"):
+        at_least(f"finetune.{key}", getattr(tune, key), 0)
+    above("finetune.head_lr", tune.head_lr)
+    if not all(0 < rate < math.inf for rate in tune.lrs) or len(set(tune.lrs)) < len(tune.lrs):
+        problems.append(f"finetune.lrs={tune.lrs} must be learning rates above 0, each once")
+    for key in ("dev_ratio", "head_dropout", "label_smoothing", "mask_prob", "channel_mask_prob"):
         within(f"finetune.{key}", getattr(tune, key), 0.0, 0.99)
     within("finetune.layer_decay", tune.layer_decay, 0.0, 1.0)
     if tune.ema_decay is not None:
@@ -462,8 +493,11 @@ def check(config: RunConfig) -> RunConfig:
     if config.labels is not None:
         if config.stage == "pretrain":
             problems.append(f"labels={config.labels} has no meaning for stage=pretrain, which uses none")
-        elif num_labels(config.labels, 10**9) < 1:
-            problems.append(f"labels={config.labels} must be a number of samples such as 500, or a share such as 10%")
+        elif not num_labels(config.labels, 10**9) and not with_unit(config.labels):
+            problems.append(
+                f"labels={config.labels} must be a number of samples such as 500, a share such as 10%, or, where the "
+                "task has sizes, an amount such as 10m"
+            )
     if config.resume == "auto" and config.out is None:
         problems.append("resume=auto needs out=FOLDER, the run folder to go on with")
     if problems:
@@ -482,6 +516,11 @@ def num_labels(labels: str | None, available: int) -> int:
     return min(available, round(share * available) if match[2] else int(match[1]))
 
 
+def with_unit(labels: str) -> bool:
+    """Whether `labels` is a number with a unit, which only the task can read."""
+    return re.fullmatch(r"\d+(?:\.\d+)?[a-z]+", labels) is not None
+
+
 def _read_recipe(modality: type[Modality[Any]], preset: str, stage: str) -> dict[str, Any]:
     folder = modality.recipes() if stage == "pretrain" else modality.recipes() / stage
     path = folder / f"{preset}.yaml"
@@ -489,7 +528,18 @@ def _read_recipe(modality: type[Modality[Any]], preset: str, stage: str) -> dict
         names = sorted(p.stem for p in folder.glob("*.yaml"))
         of = f"{modality.name}'s" + ("" if stage == "pretrain" else f" for stage={stage}")
         raise UserError(f"preset={preset!r} is not one of {of}: {', '.join(names) or 'none'}.{_hint(preset, names)}")
-    return read_yaml(path)
+    recipe = read_yaml(path)
+    parent = recipe.pop("like", None)  # the preset that this one is a variant of
+    return recipe if parent is None else _overlaid(_read_recipe(modality, str(parent), stage), recipe)
+
+
+def _overlaid(base: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Two mappings of sections; where both have a section, its keys are joined and the upper one's count."""
+    result = dict(base)
+    for key, value in upper.items():
+        before = result.get(key)
+        result[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return result
 
 
 def _merge(

@@ -11,7 +11,7 @@ N scored tokens of a whole micro-batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
@@ -31,6 +31,8 @@ Part = Literal["average", "copy", "share"]
 AttentionBias = Tensor | Sequence[Tensor] | None
 SampleT = TypeVar("SampleT")
 MovableT = TypeVar("MovableT", bound="_Movable")
+Targets = Callable[[np.ndarray], Tensor]
+"""From the labels of a batch's samples to a tensor whose first axis is the batch."""
 
 
 class BadSample(Exception):
@@ -150,12 +152,25 @@ class Tokens(_Movable):
 
 
 @dataclass(frozen=True)
+class Corruption(_Movable):
+    """What fine-tuning withholds of the tokens of a batch, for regularisation. All of them stay in the sequence.
+
+    hidden: (B, T) bool, tokens whose content is replaced (`FeatureEncoder.hide`). channels: (B, D) bool, channels that
+    are zero in all tokens of a sample.
+    """
+
+    hidden: Tensor | None = None
+    channels: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch as a worker makes it.
 
     inputs: what the feature encoder reads, by name. masks: None where no sample could be read, and for labelled data.
     ids: sample ids in row order. amount: how much data this is, in the modality's unit. skipped: (id, reason) pairs.
-    targets: of labelled data, float32: (B, C) shares of the classes, summing to 1, or (B,) values of a regression.
+    targets: of labelled data: (B, C) float32 shares of the classes, summing to 1; (B,) float32 values of a regression;
+    or (B, S) int64 symbols, -1 behind the end of shorter sequences. corruption: of labelled data while training.
     """
 
     inputs: Mapping[str, Tensor]
@@ -164,20 +179,27 @@ class Batch:
     amount: float = 0.0
     skipped: tuple[tuple[str, str], ...] = ()
     targets: Tensor | None = None
+    corruption: Corruption | None = None
 
     def to(self, device: torch.device) -> Batch:
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
         return replace(
-            self, inputs=inputs, masks=None if self.masks is None else self.masks.to(device), targets=targets
+            self,
+            inputs=inputs,
+            masks=None if self.masks is None else self.masks.to(device),
+            targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
+            corruption=None if self.corruption is None else self.corruption.to(device),
         )
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader, so that copies to a device can run beside its work."""
         inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
-        targets = None if self.targets is None else self.targets.pin_memory()
         return replace(
-            self, inputs=inputs, masks=None if self.masks is None else self.masks.pin_memory(), targets=targets
+            self,
+            inputs=inputs,
+            masks=None if self.masks is None else self.masks.pin_memory(),
+            targets=None if self.targets is None else self.targets.pin_memory(),
+            corruption=None if self.corruption is None else self.corruption.pin_memory(),
         )
 
 
@@ -218,7 +240,11 @@ class Dataset(ABC, Generic[SampleT]):
 
 @dataclass(frozen=True)
 class LabelledPart(Generic[SampleT]):
-    """Samples and what is to be told of each. labels: (len(samples),) int64 classes, or float32 values."""
+    """Samples and what is to be told of each.
+
+    labels: (len(samples),) int64 classes, or float32 values, or an array of (S,) int64 arrays, sequences of symbols
+    (`d2v_core.ctc.sequences` makes it).
+    """
 
     samples: Dataset[SampleT]
     labels: np.ndarray
@@ -230,12 +256,19 @@ class LabelledPart(Generic[SampleT]):
 
 @dataclass(frozen=True)
 class Task(Generic[SampleT]):
-    """A labelled task for fine-tuning and probing: one class, or one number, per sample.
+    """A labelled task for fine-tuning and probing: one class, one number, or a sequence of symbols, per sample.
 
-    classes: their names, in the order of the labels' numbers; empty = regression. metrics: names of
-    `d2v_core.scores`, the first chooses the best checkpoint. dev: None = the core holds a part of `train` back.
-    test: scored once, at the end; None where there is none. input_features: from the inputs of a batch to (B, F), the
-    raw input that any network has to beat; input_name: what it is called.
+    classes: their names, in the order of the labels' numbers. symbols: names of the symbols of sequences, which CTC
+    reads off the tokens; the first is its blank and stands in no label. Neither = regression.
+    metrics: names of `d2v_core.scores`, the first chooses the best checkpoint; of sequences, the names that `score`
+    gives. dev: None = the core holds a part of `train` back. test: scored once, at the end; None where there is none.
+    input_features: from the inputs of a batch to (B, F), the raw input that any network has to beat; input_name: what
+    it is called.
+    score: of sequences, from those predicted and the labels to metrics of which less is better; None = "symbol_errors",
+    edits per symbol of the labels. show: how a sequence is written in files; None = symbols with blanks between.
+    choose: which samples of `train` a value of `labels` means that is neither a number nor a share ("10m"), ascending;
+    given that value, the part and the run's seed. Raises UserError. left_out: ids of samples that are in no part though
+    they were found, and why.
     """
 
     name: str
@@ -246,6 +279,11 @@ class Task(Generic[SampleT]):
     test: LabelledPart[SampleT] | None = None
     input_name: str = ""
     input_features: Any = None
+    symbols: tuple[str, ...] = ()
+    score: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Mapping[str, float]] | None = None
+    show: Callable[[Sequence[int]], str] | None = None
+    choose: Callable[[str, LabelledPart[SampleT], int], np.ndarray] | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class FeatureEncoder(nn.Module, ABC):
@@ -267,6 +305,14 @@ class FeatureEncoder(nn.Module, ABC):
 
         With masks, (R, ...) rows for the student; with None, the full sequence that the teacher sees.
         """
+
+    def hide(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Replace the content of tokens (B, T, D) where hidden (B, T) says so, while fine-tuning, which keeps them all.
+
+        By default noise of deviation 0.01, as data2vec 2.0 does, which has no mask token (fairseq:
+        examples/data2vec/models/modalities/base.py). An encoder with a mask token puts that there.
+        """
+        return torch.where(hidden.unsqueeze(-1), 0.01 * torch.randn_like(x), x)
 
     def attention_bias(self, tokens: Tokens) -> AttentionBias:
         """Added to the attention logits: broadcastable to (R, H, E + T, E + T), one for all blocks or one per block."""

@@ -1,11 +1,11 @@
-"""Fine-tuning on a labelled task: one class, or one number, per sample. One recipe for every modality."""
+"""Fine-tuning on a labelled task. What is asked of each sample is an objective's affair (`objectives.py`)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,51 +14,25 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from d2v_core import checkpoint, run
 from d2v_core.batching import LabelledSteps, labelled_batches
-from d2v_core.config import FinetuneConfig, ModelConfig, RunConfig
-from d2v_core.contract import Batch, LabelledPart, Modality, Tokens
-from d2v_core.data2vec import Student, mean_of_valid
+from d2v_core.contract import Batch, Corruption, LabelledPart, Modality, Tokens
+from d2v_core.ctc import Symbols
+from d2v_core.data2vec import Student
 from d2v_core.errors import UserError
+from d2v_core.keyed import generator
 from d2v_core.labelled import Split, ids, open_task
 from d2v_core.loop import Loop, OptimizerStep
 from d2v_core.metrics import MetricsFile, write_json
-from d2v_core.scores import score_all
+from d2v_core.objectives import Classes, Head, Objective, Values, fit_linear, objective_of
+from d2v_core.runfolder import drop_unused, open_run
 
 TASK_FILE = "task.json"
 
 
-class Head(nn.Module):
-    """From the transformer's output to logits or values: pool, then norm, hidden map and last map as configured.
-
-    The forms in use: mean, norm, linear (BEiT: beit/modeling_finetune.py); first token, hidden, linear (RoBERTa:
-    fairseq/models/roberta/model.py, RobertaClassificationHead).
-    """
-
-    def __init__(self, model: ModelConfig, config: FinetuneConfig, num_outputs: int) -> None:
-        super().__init__()
-        self.pool, self.dropout = config.pool, config.head_dropout
-        self.norm = nn.LayerNorm(model.embed_dim, eps=model.norm_eps) if config.head_norm else None
-        self.hidden = nn.Linear(model.embed_dim, model.embed_dim) if config.head_hidden else None
-        self.out = nn.Linear(model.embed_dim, num_outputs)
-        if config.head_init_std is not None:
-            nn.init.trunc_normal_(self.out.weight, std=config.head_init_std)
-            nn.init.zeros_(self.out.bias)
-
-    def forward(self, tokens: Tokens) -> Tensor:
-        """tokens.x (B, E + T, D) -> (B, C)."""
-        x = tokens.x[:, 0] if self.pool == "first" else mean_of_valid(tokens)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.hidden is not None:
-            x = torch.tanh(self.hidden(F.dropout(x, self.dropout, self.training)))
-        return self.out(F.dropout(x, self.dropout, self.training))
-
-
-class Classifier(nn.Module):
+class Network(nn.Module):
     """A student and a head."""
 
     def __init__(self, student: Student, head: Head) -> None:
@@ -66,24 +40,36 @@ class Classifier(nn.Module):
         self.student = student
         self.head = head
 
-    def forward(self, inputs: Mapping[str, Tensor], frozen: bool = False) -> Tensor:
-        """Logits (B, C) float32, or values (B, 1). frozen: no gradient reaches the student."""
+    def forward(self, inputs: Mapping[str, Tensor], corruption: Corruption | None = None, frozen: bool = False) -> Any:
+        """The head's output. corruption: what to withhold. frozen: no gradient reaches the student."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            view, out = self.student(self.student.encoder.embed(inputs), None)
-        return self.head(Tokens(out.x, view.padding_mask, view.grid, view.num_extra)).float()
+            tokens = self.tokens(inputs, corruption)
+        return self.head(tokens)
+
+    def tokens(self, inputs: Mapping[str, Tensor], corruption: Corruption | None = None) -> Tokens:
+        """What the head is given: the transformer's output, (B, E + T, D)."""
+        encoder = self.student.encoder
+        tokens = encoder.embed(inputs)
+        if corruption is not None:
+            x = tokens.x if corruption.hidden is None else encoder.hide(tokens.x, corruption.hidden)
+            if corruption.channels is not None:
+                x = x.masked_fill(corruption.channels.unsqueeze(1), 0.0)
+            tokens = replace(tokens, x=x)
+        view, out = self.student(tokens, None)
+        return Tokens(out.x, view.padding_mask, view.grid, view.num_extra)
 
 
-def build_classifier(modality: Modality[Any], num_outputs: int) -> Classifier:
+def build_network(modality: Modality[Any], objective: Objective) -> Network:
     """With its initial weights; the head's depend on the seed alone."""
     config = modality.config
     student = run.build_student(modality)
     if not config.finetune.final_norm:
         student.transformer.norm = None
     with run.initial_weights(config.seed, "head"):
-        return Classifier(student, Head(config.model, config.finetune, num_outputs))
+        return Network(student, objective.head(config.model, config.finetune))
 
 
-def load_pretrained(classifier: Classifier, modality: Modality[Any]) -> str:
+def load_pretrained(network: Network, modality: Modality[Any]) -> str:
     """Give the student the weights that `from` and `finetune.weights` name; says which. Raises UserError."""
     config = modality.config
     assert config.from_run is not None
@@ -92,41 +78,38 @@ def load_pretrained(classifier: Classifier, modality: Modality[Any]) -> str:
     source = run.load(config.from_run, teacher=config.finetune.weights == "teacher")
     if config.finetune.final_norm is False:
         source.student.transformer.norm = None
-    run.load_state(classifier.student.state_dict(), modality.adapt(source.student.state_dict()), config.from_run)
+    run.load_state(network.student.state_dict(), modality.adapt(source.student.state_dict()), config.from_run)
     return f"Weights of the {config.finetune.weights} from {config.from_run}, step {source.step}."
-
-
-def classification_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Summed over the batch: cross-entropy with (B, C) shares of the classes, or squared error with (B,) values."""
-    if targets.dim() == 1:
-        return F.mse_loss(logits[:, 0], targets, reduction="sum")
-    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of a labelled part: ids; logits (N, C) or values (N, 1); labels (N,) classes or values."""
+    """Of a labelled part, sample by sample: ids, what the objective keeps, labels."""
 
     ids: tuple[str, ...]
-    logits: np.ndarray
+    kept: tuple[np.ndarray, ...]
     labels: np.ndarray
 
-    @cached_property
-    def predicted(self) -> np.ndarray:
-        return self.logits[:, 0] if self.logits.shape[1] == 1 else self.logits.argmax(1)
 
+class Finetuner(Loop[Network]):
+    """A fine-tuning run. The weights that score best on the dev part are kept in `best/` and tested at the end.
 
-class Finetuner(Loop[Classifier]):
-    """A fine-tuning run. The weights that score best on the dev part are kept in `best/` and tested at the end."""
+    split: the task where it is open already. tested: whether to score the test part.
+    """
 
-    def __init__(self, modality: Modality[Any], out: Path, console: Console) -> None:
+    def __init__(
+        self, modality: Modality[Any], out: Path, console: Console, split: Split | None = None, tested: bool = True
+    ) -> None:
         super().__init__(modality, out, console)
-        self.split: Split = open_task(modality)
-        self.tune = self.config.finetune
+        self.split: Split = open_task(modality) if split is None else split
+        self.tune, self.tested = self.config.finetune, tested
+        self.objective = objective_of(self.split.task, self.tune.label_smoothing)
+        self.notes: dict[str, Any] = {}
+        """What the summary is to say beside the scores."""
 
     def build(self, fresh: bool) -> None:
         config, tune = self.config, self.tune
-        self.model = build_classifier(self.modality, self.split.num_outputs)
+        self.model = build_network(self.modality, self.objective)
         if fresh:
             self.say(escape(load_pretrained(self.model, self.modality)))
         names = [name for name, _ in self.model.student.named_parameters()]
@@ -137,8 +120,35 @@ class Finetuner(Loop[Classifier]):
         for name, parameter in self.model.student.named_parameters():
             parameter.requires_grad_(not name.startswith(tuple(tune.frozen)))
         self.model.to(self.device).train()
+        if fresh and tune.head_steps:
+            self._fit_head()
         self.averaged = None if tune.ema_decay is None else _averaged(self.model, tune.ema_decay)
         self.optimizer_step = OptimizerStep(self.model, config, self.device, self._scale_of)
+
+    def _fit_head(self) -> None:
+        """The head's last map, on what the network makes of the training part before it is trained itself."""
+        tune, objective, model = self.tune, self.objective, self.model.eval()
+        features: list[Tensor] = []
+        names: list[str] = []
+        with torch.no_grad():
+            for batch in self._batches(self.split.train):
+                if batch.ids:
+                    names += batch.ids
+                    features += objective.split(model.head.features(model.tokens(batch.to(self.device).inputs)))
+        labels = _labels_of(self.split.train, names)
+
+        def loss(chosen: list[Tensor], numbers: Sequence[int]) -> Tensor:
+            targets = objective.targets(labels[list(numbers)]).to(self.device)
+            return objective.loss(model.head.read(objective.join(chosen)), targets) / len(numbers)
+
+        if not features:
+            raise UserError(f"None of the {len(self.split.train.labels)} samples of the training part can be read.")
+        rng = generator(self.config.seed, "head first")
+        fit_linear(
+            model.head.out, features, loss, steps=tune.head_steps, batch=tune.head_batch, lr=tune.head_lr, rng=rng
+        )
+        model.train()
+        self.say(f"The head was first trained alone, {tune.head_steps} steps on {len(features)} samples' features.")
 
     def _scale_of(self, name: str) -> float:
         """layer_decay ** (distance from the head), the head being one above the last block (BEiT: optim_factory.py)."""
@@ -151,14 +161,15 @@ class Finetuner(Loop[Classifier]):
         task = self.split.task
         self.dataset_size, self.description = len(self.split.train.labels), self.split.description
         write_json(self.out / TASK_FILE, {
-            "name": task.name, "classes": list(task.classes), "metrics": list(task.metrics),
-            "train": list(ids(self.split.train)), "dev": list(ids(self.split.dev)),
+            "name": task.name, "classes": list(task.classes), "symbols": list(task.symbols),
+            "metrics": list(task.metrics), "train": list(ids(self.split.train)), "dev": list(ids(self.split.dev)),
+            "left_out": dict(task.left_out),
         })  # fmt: skip
 
     def steps(self) -> LabelledSteps:
         return LabelledSteps(
-            self.modality, self.split.train, len(self.split.task.classes), batch=self.tune.batch,
-            micro_batch=self.tune.micro_batch or self.tune.batch, seed=self.config.seed,
+            self.modality, self.split.train, self.objective.targets, batch=self.tune.batch,
+            micro_batch=self.tune.micro_batch, seed=self.config.seed,
             num_workers=self.config.train.num_workers, epoch=self.progress.epoch, step=self.progress.epoch_step,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
@@ -171,7 +182,7 @@ class Finetuner(Loop[Classifier]):
 
         def forward(batch: Batch) -> Tensor:
             assert batch.targets is not None
-            return classification_loss(self.model(batch.inputs, frozen), batch.targets, self.tune.label_smoothing)
+            return self.objective.loss(self.model(batch.inputs, batch.corruption, frozen), batch.targets)
 
         loss, grad_norm = self.optimizer_step.step(self.progress.step, batches, _num_targets, forward)
         if self.averaged is not None and self.optimizer_step.outcome.applied:
@@ -179,20 +190,19 @@ class Finetuner(Loop[Classifier]):
         return lambda: {"loss": float(loss), "grad_norm": float(grad_norm)}
 
     def after_step(self) -> None:
-        progress, metrics = self.progress, self.split.task.metrics
+        progress = self.progress
         if progress.step % self.tune.eval_every and progress.step < self.config.train.max_steps:
             return
-        outputs = self.outputs(self.split.dev)
-        scores = score_all(metrics, outputs.predicted, outputs.labels)
+        scores = self.score(self.outputs(self.split.dev))
         file = MetricsFile(self.out / "scores.jsonl", progress.step - 1)
         file.write({"step": progress.step, **scores})
         file.close()
-        better = not progress.best_step or scores[metrics[0]] > progress.best_score
+        rank = self.objective.rank(scores)
+        better = not progress.best_step or rank > progress.best_score
         if better:
-            progress.best_score, progress.best_step = scores[metrics[0]], progress.step
+            progress.best_score, progress.best_step = rank, progress.step
             self._keep_best()
-        text = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
-        self.say(f"step {progress.step}: dev {text}{', the best so far' if better else ''}")
+        self.say(f"step {progress.step}: dev {_shown(scores)}{', the best so far' if better else ''}")
 
     def _keep_best(self) -> None:
         stored = checkpoint.Checkpoint(dict(self._scored().state_dict()), {}, {})
@@ -201,29 +211,33 @@ class Finetuner(Loop[Classifier]):
         except OSError as error:
             raise UserError(f"The best weights cannot be written to {self.out / 'best'}: {error}.") from error
 
-    def _scored(self) -> Classifier:
-        return self.model if self.averaged is None else cast("Classifier", self.averaged.module)
+    def _scored(self) -> Network:
+        return self.model if self.averaged is None else cast("Network", self.averaged.module)
+
+    def _batches(self, part: LabelledPart[Any]) -> Iterator[Batch]:
+        """All of a part, as it is, in batches of the size that runs at once. What cannot be read is noted."""
+        batch, workers = self.tune.micro_batch or self.tune.batch, self.config.train.num_workers
+        for one in labelled_batches(self.modality, part, self.objective.targets, batch, workers):
+            self.note_skipped(one)
+            yield one
 
     def outputs(self, part: LabelledPart[Any]) -> Outputs:
         """What the scored weights make of a part, in evaluation mode. Unreadable samples are noted and left out."""
         model = self._scored().eval()
-        batch = self.tune.micro_batch or self.tune.batch
-        done: list[tuple[Batch, Tensor]] = []
+        names: list[str] = []
+        kept: list[np.ndarray] = []
         with torch.inference_mode(), self.optimizer_step.autocast():
-            workers = self.config.train.num_workers
-            for one in labelled_batches(self.modality, part, len(self.split.task.classes), batch, workers):
-                self.note_skipped(one)
+            for one in self._batches(part):
                 if one.targets is not None:
-                    done.append((one, model(one.to(self.device).inputs).cpu()))
+                    names += one.ids
+                    kept += self.objective.keep(model(one.to(self.device).inputs))
         self.model.train()
-        if not done:
+        if not kept:
             raise UserError(f"None of the {len(part.labels)} samples of a part of {self.split.task.name} can be read.")
-        targets = torch.cat([cast("Tensor", one.targets) for one, _ in done]).numpy()
-        return Outputs(
-            tuple(name for one, _ in done for name in one.ids),
-            torch.cat([logits for _, logits in done]).numpy(),
-            targets.argmax(1) if targets.ndim == 2 else targets,
-        )
+        return Outputs(tuple(names), tuple(kept), _labels_of(part, names))
+
+    def score(self, outputs: Outputs) -> dict[str, float]:
+        return self.objective.score(outputs.kept, outputs.labels)
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return dict(self.model.state_dict()), {} if self.averaged is None else dict(self.averaged.state_dict())
@@ -238,24 +252,29 @@ class Finetuner(Loop[Classifier]):
         folder = run.best_checkpoint(self.out)
         run.load_state(self._scored().state_dict(), checkpoint.load(folder, state=False).model, str(folder))
         result: dict[str, Any] = {"task": task.name, "metrics": list(task.metrics), "best_step": progress.best_step}
-        result["labels"] = len(self.split.train.labels)
-        for name, part in (("dev", self.split.dev), ("test", task.test)):
+        result |= {"labels": len(self.split.train.labels), **self.notes}
+        for name, part in (("dev", self.split.dev), ("test", task.test if self.tested else None)):
             if part is not None:
                 outputs = self.outputs(part)
-                result[name] = score_all(task.metrics, outputs.predicted, outputs.labels)
-                write_predictions(self.out / f"predictions-{name}.tsv", outputs, task.classes)
+                result[name] = self.score(outputs)
+                write_predictions(self.out / f"predictions-{name}.tsv", outputs, self.objective)
         summary["finetune"] = result
         summary["skipped"] = progress.skipped
         write_json(self.out / "summary.json", summary)
         place = escape(str(self.out))
         for name in ("dev", "test"):
             if name in result:
-                self.say(f"{name}: " + ", ".join(f"{metric} {value:.2f}" for metric, value in result[name].items()))
+                self.say(f"{name}: {_shown(result[name])}")
         self.say(
             f"{progress.step} steps in {progress.seconds:.0f} s; the weights of step {progress.best_step} were best on "
             f"dev. The run lies in [bold]{place}[/bold].\nNext:\n"
-            f"  python -c \"import d2v_core; print(d2v_core.load_classifier('{place}'))\""
+            f"  python -c \"import d2v_core; print(d2v_core.load_finetuned('{place}'))\""
         )
+
+
+def _labels_of(part: LabelledPart[Any], names: Sequence[str]) -> np.ndarray:
+    place = {name: i for i, name in enumerate(ids(part))}
+    return part.labels[[place[name] for name in names]]
 
 
 def _num_targets(batch: Batch) -> int:
@@ -266,53 +285,153 @@ def _averaged(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=cast("Any", get_ema_multi_avg_fn(decay)))
 
 
-def write_predictions(path: Path, outputs: Outputs, classes: Sequence[str]) -> None:
-    """One line per sample: id, label, prediction, and the probability of what was predicted where there are classes."""
-    lines = ["id\tlabel\tpredicted" + ("\tprobability" if classes else "")]
-    exponentials = np.exp(outputs.logits - outputs.logits.max(1, keepdims=True))
-    shares = exponentials.max(1) / exponentials.sum(1)
+def _shown(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+
+
+def write_predictions(path: Path, outputs: Outputs, objective: Objective) -> None:
+    """One line per sample, by id: the id, then what the objective says of it."""
+    lines = ["\t".join(("id", *objective.columns))]
     for i in sorted(range(len(outputs.ids)), key=lambda i: outputs.ids[i]):
-        name, label, predicted = outputs.ids[i], outputs.labels[i], outputs.predicted[i]
-        if classes:
-            lines.append(f"{name}\t{classes[int(label)]}\t{classes[int(predicted)]}\t{shares[i]:.4f}")
-        else:
-            lines.append(f"{name}\t{label:g}\t{predicted:g}")
+        lines.append("\t".join((outputs.ids[i], *objective.line(outputs.kept[i], outputs.labels[i]))))
     temporary = path.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
-class LoadedClassifier(nn.Module):
-    """A fine-tuned network, ready to predict. In eval mode, on the CPU unless moved. classes: empty = regression."""
+class LoadedFinetuned(nn.Module):
+    """A fine-tuned network as its run left it. In eval mode, on the CPU unless moved.
 
-    def __init__(self, config: RunConfig, modality: Modality[Any], classifier: Classifier, classes: Sequence[str],
-                 step: int) -> None:  # fmt: skip
+    step: at which it was best on the dev part.
+    """
+
+    def __init__(self, modality: Modality[Any], network: Network, objective: Objective, step: int) -> None:
         super().__init__()
-        self.config, self.modality, self.classes, self.step = config, modality, tuple(classes), step
-        self.classifier = classifier
+        self.config, self.modality, self.objective, self.step = modality.config, modality, objective, step
+        self.network = network
         self.eval()
 
     @torch.no_grad()
+    def outputs(self, samples: Sequence[Any]) -> Any:
+        """The head's output for a batch of samples as the modality's data set gives them."""
+        device = next(self.parameters()).device
+        prepared = [self.modality.prepare_labelled(sample, None) for sample in samples]
+        inputs = self.modality.collate(prepared)
+        return self.network({name: value.to(device) for name, value in inputs.items()})
+
+
+class LoadedClassifier(LoadedFinetuned):
+    """A fine-tuned network, ready to predict. classes: empty = regression."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.objective.classes if isinstance(self.objective, Classes) else ()
+
     def predict(self, samples: Sequence[Any]) -> Tensor:
         """(B, C) probabilities in the order of `classes`, or (B,) values. samples: as the modality's data set gives."""
-        prepared = [self.modality.prepare_labelled(sample, None) for sample in samples]
-        logits = self.classifier(self.modality.collate(prepared))
-        return logits.softmax(1) if self.classes else logits[:, 0]
+        output = self.outputs(samples)
+        return output.softmax(1) if self.classes else output[:, 0]
 
 
-def load_classifier(path: str | Path) -> LoadedClassifier:
-    """The best weights of a fine-tuning run. Raises UserError where there are none or they do not fit."""
+def load_finetuned(path: str | Path) -> LoadedFinetuned:
+    """The best weights of a fine-tuning run, whatever its task. Raises UserError where there are none that fit."""
     path = Path(path)
     config, kind = run.load_config_of(path)
     if config.stage != "finetune":
         raise UserError(f"{path} is a run of stage={config.stage}, not of stage=finetune.")
     folder = run.best_checkpoint(path)
+    objective = _stored_objective(path)
+    modality = kind(config)
+    network = build_network(modality, objective)
+    run.load_state(network.state_dict(), checkpoint.load(folder, state=False).model, str(folder))
+    loaded = LoadedFinetuned if isinstance(objective, Symbols) else LoadedClassifier
+    return loaded(modality, network, objective, checkpoint.step_of(folder))
+
+
+def load_classifier(path: str | Path) -> LoadedClassifier:
+    """The best weights of a run that tells classes or values. Raises UserError as `load_finetuned` does."""
+    loaded = load_finetuned(path)
+    if not isinstance(loaded, LoadedClassifier):
+        asked = loaded.objective.asks_for
+        raise UserError(f"{path} is a run that tells {asked}, not classes or values: use d2v_core.load_finetuned.")
+    return loaded
+
+
+def _stored_objective(path: Path) -> Objective:
     try:
         task = json.loads((path / TASK_FILE).read_text(encoding="utf-8"))
-        classes = tuple(map(str, task["classes"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        classes, metrics = (tuple(map(str, task[key])) for key in ("classes", "metrics"))
+        symbols = tuple(map(str, task.get("symbols", ())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / TASK_FILE} cannot be read: {error}. The run folder is not whole.") from error
-    modality = kind(config)
-    classifier = build_classifier(modality, max(len(classes), 1))
-    run.load_state(classifier.state_dict(), checkpoint.load(folder, state=False).model, str(folder))
-    return LoadedClassifier(config, modality, classifier, classes, checkpoint.step_of(folder))
+    if symbols:
+        return Symbols(symbols, metrics)
+    return Classes(classes, metrics) if classes else Values(metrics)
+
+
+class RateSearch:
+    """Fine-tuning with each of `finetune.lrs`, of which the best on the dev part becomes the run.
+
+    Each is a run of its own in `rates/`, which is not tested. `fit` returns the exit status.
+    """
+
+    def __init__(self, modality: Modality[Any], out: Path, console: Console) -> None:
+        self.modality, self.out, self.console = modality, out, console
+        self.split = open_task(modality)
+
+    def fit(self) -> int:
+        rates = self.modality.config.finetune.lrs
+        objective = objective_of(self.split.task)
+        dev: dict[float, dict[str, float]] = {}
+        for rate in rates:
+            modality = self._with(rate)
+            folder = open_run(modality.config)
+            if not folder.done:
+                self.console.print(f"\nLearning rate {rate:g}, in {escape(str(folder.path))}", soft_wrap=True)
+                try:
+                    status = Finetuner(modality, folder.path, self.console, self.split, tested=False).fit()
+                finally:
+                    drop_unused(folder.path)
+                if status:
+                    self.console.print(
+                        f"This was one of {len(rates)} learning rates. Go on with all of them by the first command and "
+                        f"[bold]out={escape(str(self.out))} resume=auto[/bold].", soft_wrap=True, highlight=False,
+                    )  # fmt: skip
+                    return status
+            summary = json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+            dev[rate] = summary["finetune"]["dev"]
+        best = max(rates, key=lambda rate: objective.rank(dev[rate]))
+        for rate, scores in dev.items():
+            self.console.print(f"Learning rate {rate:g}: dev {_shown(scores)}" + (", kept" if rate == best else ""))
+        self._keep(best, dev)
+        return 0
+
+    def _with(self, rate: float) -> Modality[Any]:
+        config = self.modality.config
+        own = replace(
+            config,
+            out=str(self.out / "rates" / f"{rate:g}"),
+            resume="auto",
+            optim=replace(config.optim, lr=rate),
+            finetune=replace(config.finetune, lrs=[]),
+        )
+        return type(self.modality)(own)
+
+    def _keep(self, rate: float, dev: Mapping[float, Mapping[str, float]]) -> None:
+        """Make the best trial's results this run's, and test it."""
+        modality = self._with(rate)
+        trial = Path(str(modality.config.out))
+        shutil.copytree(trial / "best", self.out / "best", dirs_exist_ok=True)
+        for name in ("metrics.jsonl", "scores.jsonl"):
+            shutil.copyfile(trial / name, self.out / name)
+        winner = Finetuner(modality, self.out, self.console, self.split)
+        winner.build(fresh=False)
+        winner.restore([run.newest_checkpoint(trial)])
+        winner.open_data()
+        winner.notes = {"lr": rate, "rates": [{"lr": one, "dev": dict(scores)} for one, scores in dev.items()]}
+        winner.finish()
+
+
+def finetuning(modality: Modality[Any], out: Path, console: Console) -> Finetuner | RateSearch:
+    """What does `stage=finetune`."""
+    return (RateSearch if modality.config.finetune.lrs else Finetuner)(modality, out, console)

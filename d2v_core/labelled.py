@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from d2v_core.config import num_labels
+from d2v_core.config import num_labels, with_unit
 from d2v_core.contract import Dataset, LabelledPart, Modality, Task
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator
@@ -49,10 +49,6 @@ class Split:
     def train(self) -> LabelledPart[Any]:
         return self.task.train
 
-    @property
-    def num_outputs(self) -> int:
-        return max(len(self.task.classes), 1)
-
 
 def open_task(modality: Modality[Any]) -> Split:
     """The modality's labelled task, with `finetune.dev_ratio` and `labels` applied.
@@ -78,23 +74,34 @@ def open_task(modality: Modality[Any]) -> Split:
             )
         train, dev = subset(train, rest), subset(train, held)
     available = len(train.labels)
-    wanted = num_labels(config.labels, available)
     if config.labels is not None:
-        if wanted < 1:
-            raise UserError(f"labels={config.labels} is less than one of the {available} labelled samples.")
-        if not config.labels.endswith("%") and int(config.labels) > available:
-            raise UserError(f"labels={config.labels}, but the training part of {task.name} has {available} samples.")
-        chosen, _ = draw(train.labels, bool(task.classes), wanted, config.seed, "labels")
-        train = subset(train, chosen)
+        train = subset(train, _chosen(task, train, config.labels, config.seed))
     missing = sorted(set(range(len(task.classes))) - set(map(int, train.labels))) if task.classes else []
     tests = 0 if task.test is None else len(task.test.labels)
+    kind = f"{len(task.classes)} classes" if task.classes else "one value each"
+    if task.symbols:
+        kind = f"sequences of {len(task.symbols)} symbols"
     text = (
         f"{task.name}: {len(train.labels)} of {available} labelled samples to train on, {len(dev.labels)} to choose "
-        f"on, {tests} to test on; " + (f"{len(task.classes)} classes" if task.classes else "one value each")
+        f"on, {tests} to test on; {kind}"
     )
     if missing:
         text += f"\nNo sample to train on of: {', '.join(task.classes[i] for i in missing[:9])}"
     return Split(replace(task, train=train, dev=dev), dev, f"{text}\n{task.train.samples.describe()}")
+
+
+def _chosen(task: Task[Any], train: LabelledPart[Any], labels: str, seed: int) -> np.ndarray:
+    available = len(train.labels)
+    if with_unit(labels):
+        if task.choose is None:
+            raise UserError(f"labels={labels}: {task.name} counts samples. Give a number or a share such as 10%.")
+        return task.choose(labels, train, seed)
+    wanted = num_labels(labels, available)
+    if wanted < 1:
+        raise UserError(f"labels={labels} is less than one of the {available} labelled samples.")
+    if not labels.endswith("%") and int(labels) > available:
+        raise UserError(f"labels={labels}, but the training part of {task.name} has {available} samples.")
+    return draw(train.labels, bool(task.classes), wanted, seed, "labels")[0]
 
 
 def draw(labels: np.ndarray, classes: bool, count: int, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
@@ -129,5 +136,9 @@ def _check(task: Task[Any]) -> None:
             raise UserError(f"{task.name}: its {name} part is empty.")
         if task.classes and not (part.labels.min() >= 0 and part.labels.max() < len(task.classes)):
             raise ValueError(f"{task.name}: labels of {name} outside the {len(task.classes)} classes")
+        if task.symbols and any(len(one) and not 0 < min(one) <= max(one) < len(task.symbols) for one in part.labels):
+            raise ValueError(
+                f"{task.name}: labels of {name} outside the {len(task.symbols)} symbols, of which 0 is none"
+            )
     if len(task.classes) == 1:
         raise UserError(f"{task.name} has one class only, {task.classes[0]!r}: there is nothing to tell apart.")

@@ -207,7 +207,7 @@ class Loop(ABC, Generic[ModelT]):
         found = checkpoint.list_checkpoints(self.out / "checkpoints")
         self.build(not found)  # before the data, which may take long to look through
         if found:
-            self._restore(found)
+            self.say(escape(f"Going on from {self.restore(found)}."))
         self.open_data()
         self.say(escape(self.description))
         if train.compile:
@@ -246,7 +246,7 @@ class Loop(ABC, Generic[ModelT]):
                         + (f"Older checkpoints in {self.out / 'checkpoints'} are intact." if found else "")
                     ) from fault
                 self.say(f"[yellow]going back[/yellow] {escape(fault.diagnosis)}")
-                self._restore(found)
+                self.say(escape(f"Going on from {self.restore(found)}."))
                 self.progress.went_back = True
                 for name in ("epoch", "epoch_step", "skipped", "bad_steps", "seconds"):
                     setattr(self.progress, name, getattr(progress, name))
@@ -372,19 +372,20 @@ class Loop(ABC, Generic[ModelT]):
                 " Older checkpoints are intact; make room and go on with resume=auto."
             ) from error
 
-    def _restore(self, found: Sequence[Path]) -> None:
-        """From the newest checkpoint that is not damaged. Raises UserError where all are."""
+    def restore(self, found: Sequence[Path]) -> Path:
+        """Go on, after `build`, from the newest checkpoint that is not damaged, which is returned. Raises UserError
+        where all are."""
         folder, stored = self._newest_whole(found)
         self.load_tensors(stored, str(folder))
         self.optimizer_step.optimizer.load_state_dict(stored.state["optimizer"])
         self.optimizer_step.scaler.load_state_dict(stored.state["scaler"])
         self.progress = Progress(**stored.state["progress"])
-        self.say(escape(f"Going on from {folder}."))
         if stored.state["num_threads"] != torch.get_num_threads():
             self.say(
                 f"[yellow]note[/yellow] this run used {stored.state['num_threads']} CPU threads, now there are "
                 f"{torch.get_num_threads()}: results will differ in their last bits."
             )
+        return folder
 
     def _newest_whole(self, found: Sequence[Path]) -> tuple[Path, checkpoint.Checkpoint]:
         """Damaged ones that are newer get another name, so that their steps can be saved again."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2v_core.config import opt
-from d2v_core.contract import Layout, Masks
+from d2v_core.config import FinetuneConfig, opt
+from d2v_core.contract import Corruption, Layout, Masks
 
 
 @dataclass
@@ -126,6 +126,31 @@ class SpanMasking:
         for i, mask in enumerate(masks):
             hidden[i // num_copies, i % num_copies, : len(mask)] = mask
         return Masks.of(hidden)
+
+
+class FinetuneMasking:
+    """Spans of tokens and of channels that fine-tuning withholds; equally many in every sample of a micro-batch.
+
+    Source: fairseq, wav2vec2.py, apply_mask: tokens first, then channels, both by the same rule.
+    """
+
+    def __init__(self, config: FinetuneConfig, num_channels: int) -> None:
+        self.num_channels = num_channels
+        self._tokens = self._channels = None
+        if config.mask_prob > 0:
+            self._tokens = SpanMasking(SpanMaskingConfig(config.mask_prob, config.mask_length))
+        if config.channel_mask_prob > 0:
+            channels = SpanMaskingConfig(config.channel_mask_prob, config.channel_mask_length, min_spans=0)
+            self._channels = SpanMasking(channels)
+
+    def __call__(self, layouts: Sequence[Layout], rngs: Sequence[np.random.Generator]) -> Corruption | None:
+        """rngs: one generator per sample, made for this sample and epoch."""
+        if self._tokens is None and self._channels is None:
+            return None
+        tokens = None if self._tokens is None else self._tokens(layouts, 1, rngs).hidden[:, 0]
+        whole = [Layout((self.num_channels,))] * len(layouts)
+        channels = None if self._channels is None else self._channels(whole, 1, rngs).hidden[:, 0]
+        return Corruption(tokens, channels)
 
 
 @dataclass

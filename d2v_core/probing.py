@@ -20,6 +20,7 @@ from d2v_core.errors import UserError
 from d2v_core.labelled import ids, open_task
 from d2v_core.loop import pick_device
 from d2v_core.metrics import write_json
+from d2v_core.objectives import class_targets, objective_of
 from d2v_core.probe import L2_GRID, fit_knn, fit_linear, pooled_layers
 from d2v_core.scores import score_all
 
@@ -47,7 +48,8 @@ class Prober:
         split = open_task(self.modality)
         task = split.task
         if not task.classes:
-            raise UserError(f"{task.name} asks for values, and stage=probe tells classes apart. Use stage=finetune.")
+            asked = objective_of(task).asks_for
+            raise UserError(f"{task.name} asks for {asked}, and stage=probe tells classes apart. Use stage=finetune.")
         self.console.print(escape(split.description), soft_wrap=True, highlight=False)
         assert self.config.from_run is not None
         rows: list[dict[str, Any]] = []
@@ -80,8 +82,8 @@ class Prober:
         layers: list[list[Tensor]] = []
         labels: list[Tensor] = []
         batch, workers = self.config.finetune.batch, self.config.train.num_workers
-        classes = int(part.labels.max()) + 1
-        for one in labelled_batches(self.modality, part, classes, batch, workers):
+        targets = class_targets(int(part.labels.max()) + 1)
+        for one in labelled_batches(self.modality, part, targets, batch, workers):
             self.skipped.update(dict(one.skipped))
             if one.targets is not None:
                 layers.append([layer.cpu() for layer in encode(one.to(self.device).inputs)])

@@ -23,9 +23,10 @@ from d2v_core import checkpoint, cli
 from d2v_core.batching import LabelledSteps, labelled_batches
 from d2v_core.config import load_config
 from d2v_core.contract import LabelledPart
-from d2v_core.finetune import build_classifier
+from d2v_core.finetune import build_network
 from d2v_core.keyed import generator
 from d2v_core.labelled import ids, open_task
+from d2v_core.objectives import Classes, class_targets
 from d2v_core.run import build_student
 
 SIZES = {"model.embed_dim": "32", "model.num_layers": "2", "model.num_heads": "2"}
@@ -266,7 +267,7 @@ def test_long_clips_are_cropped_at_random_in_training_and_to_the_middle_in_evalu
 def test_padding_changes_no_logit(words: tuple[str, ...]):
     config, kind = load_config(list(words), lambda name: AudioModality)
     made = kind(config)
-    model = build_classifier(made, 5).eval()
+    model = build_network(made, Classes([str(i) for i in range(5)], ["accuracy"])).eval()
     rng = np.random.default_rng(0)
     samples = [AudioSample(normalise(rng.standard_normal(size))) for size in (16000, 7013, 30011, 720)]
     inputs = made.collate(samples)
@@ -367,10 +368,11 @@ def test_evaluation_is_the_same_each_time_and_training_crops_anew(make, tmp_path
     made = make(f"data.path={root}", "data.min_s=0.1", "data.max_s=0.32")
     task = made.task()
     first, second = (
-        torch.cat([b.inputs["waveform"] for b in labelled_batches(made, task.train, 3, 9)]) for _ in range(2)
+        torch.cat([b.inputs["waveform"] for b in labelled_batches(made, task.train, class_targets(3), 9)])
+        for _ in range(2)
     )
     assert torch.equal(first, second) and first.shape == (9, 5120)
-    trained = LabelledSteps(made, task.train, 3, batch=9, micro_batch=9, seed=0)
+    trained = LabelledSteps(made, task.train, class_targets(3), batch=9, micro_batch=9, seed=0)
     epochs = [batches[0] for (_, _, batches), _ in zip(trained, range(2), strict=False)]
     assert all(sorted(batch.ids) == sorted(ids(task.train)) for batch in epochs)
     one, other = (dict(zip(batch.ids, batch.inputs["waveform"], strict=True)) for batch in epochs)

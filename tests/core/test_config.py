@@ -228,6 +228,26 @@ def test_a_typo_in_a_recipe_names_the_recipe(tmp_path: Path):
         load_config(["modality=toy"], lambda name: Other)
 
 
+def test_a_recipe_may_build_on_another(tmp_path: Path):
+    class Other(type_of("toy")):
+        @classmethod
+        def recipes(cls) -> Path:
+            return tmp_path
+
+    (tmp_path / "first.yaml").write_text("encoder: own\nmodel: {embed_dim: 12, num_layers: 1}\ntrain: {max_steps: 7}\n")
+    (tmp_path / "second.yaml").write_text("like: first\nmodel: {num_layers: 3}\n")
+    (tmp_path / "third.yaml").write_text("like: second\nencoder: shared\noptim: {lr: 0.5}\n")
+    words = ["modality=toy", "target.top_k_layers=1", "model.num_heads=2"]
+    config = load_config([*words, "preset=third"], lambda name: Other)[0]
+    assert (config.encoder, config.model.embed_dim, config.model.num_layers) == ("shared", 12, 3)
+    assert (config.train.max_steps, config.optim.lr, config.preset) == (7, 0.5, "third")
+    (tmp_path / "third.yaml").write_text("like: frist\n")
+    with pytest.raises(
+        UserError, match=r"preset='frist' is not one of toy's: first, second, third. Did you mean first"
+    ):
+        load_config([*words, "preset=third"], lambda name: Other)
+
+
 def test_files_that_hold_no_configuration(tmp_path: Path):
     path = tmp_path / "config.yaml"
     with pytest.raises(UserError, match=r"config.yaml does not exist"):

@@ -19,7 +19,8 @@ from d2v_core.config import FinetuneConfig, ModelConfig
 from d2v_core.contract import Tokens
 from d2v_core.data2vec import mean_of_valid
 from d2v_core.errors import UserError
-from d2v_core.finetune import Finetuner, Head, classification_loss
+from d2v_core.finetune import Finetuner
+from d2v_core.objectives import Classes, PooledHead, Values
 from d2v_core.probe import fit_knn, pooled_layers
 
 
@@ -59,11 +60,11 @@ def test_a_head_by_hand():
     padding = torch.tensor([[False, False, False, True]])
     tokens = Tokens(x, padding, (3,), num_extra=1)
     assert torch.equal(mean_of_valid(tokens), torch.tensor([[2.0, 3.0]]))
-    head = Head(model, FinetuneConfig(pool="mean"), 3)
+    head = PooledHead(model, FinetuneConfig(pool="mean"), 3)
     assert torch.allclose(head(tokens), head.out(torch.tensor([[2.0, 3.0]])))
-    head = Head(model, FinetuneConfig(pool="first", head_hidden=True), 3)
+    head = PooledHead(model, FinetuneConfig(pool="first", head_hidden=True), 3)
     assert torch.allclose(head(tokens), head.out(torch.tanh(head.hidden(torch.tensor([[9.0, 9.0]])))))
-    head = Head(model, FinetuneConfig(head_norm=True, head_init_std=2e-5), 3)
+    head = PooledHead(model, FinetuneConfig(head_norm=True, head_init_std=2e-5), 3)
     assert torch.allclose(head(tokens), head.out(torch.tensor([[-1.0, 1.0]])), atol=1e-4)
     assert head.out.weight.abs().max() < 1e-4 and not head.out.bias.any()
 
@@ -71,15 +72,16 @@ def test_a_head_by_hand():
 def test_losses_by_hand():
     logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
     hard = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    plainly = Classes("ab", ["accuracy"])
     plain = math.log(1 + math.exp(-2)) + math.log(2)
-    assert classification_loss(logits, hard, 0.0).item() == pytest.approx(plain)
+    assert plainly.loss(logits, hard).item() == pytest.approx(plain)
     wrong = math.log(1 + math.exp(2)) + math.log(2)  # all weight on the other class
     smoothed = 0.9 * plain + 0.1 * (plain + wrong) / 2
-    assert classification_loss(logits, hard, 0.1).item() == pytest.approx(smoothed)
+    assert Classes("ab", ["accuracy"], 0.1).loss(logits, hard).item() == pytest.approx(smoothed)
     shared = torch.tensor([[0.25, 0.75], [0.0, 1.0]])
     expected = 0.25 * math.log(1 + math.exp(-2)) + 0.75 * math.log(1 + math.exp(2)) + math.log(2)
-    assert classification_loss(logits, shared, 0.0).item() == pytest.approx(expected)
-    assert classification_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 1.0]), 0.0).item() == 5.0
+    assert plainly.loss(logits, shared).item() == pytest.approx(expected)
+    assert Values(["pearson"]).loss(torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 1.0])).item() == 5.0
 
 
 def test_votes_of_neighbours_by_hand():
@@ -315,8 +317,11 @@ def test_what_a_stage_needs(d2v, words, message, tmp_path, monkeypatch):
         (["target.top_k_layers=1"], "target.top_k_layers=1: stage=finetune has no section target"),
         (["modality=image"], "is a run of modality=toy, not image"),
         (["preset=tinny"], "preset='tinny' is not one of toy's for stage=finetune: tiny. Did you mean tiny?"),
-        (["labels=ten"], "labels=ten must be a number of samples such as 500, or a share such as 10%"),
+        (["labels=ten"], "labels=ten must be a number of samples such as 500, a share such as 10%, or"),
         (["finetune.micro_batch=13"], "finetune.micro_batch=13 must lie between 1 and finetune.batch=12"),
+        (["labels=10m"], "labels=10m: offsets counts samples"),
+        (["finetune.batch=null", "finetune.micro_batch=4"], "finetune.batch=null does not"),
+        (["finetune.lrs=[1e-3,1e-3]"], "must be learning rates above 0, each once"),
         (["finetune.layer_decay=1.5"], "finetune.layer_decay=1.5 must lie between 0.0 and 1.0"),
         (["finetune.pool=max"], "finetune.pool=max must be one of: mean, first"),
         (["model.num_layers=3"], "do not fit this configuration"),

@@ -14,6 +14,7 @@ from d2v_core.contract import LabelledPart
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator, seeded
 from d2v_core.labelled import draw, ids, open_task
+from d2v_core.objectives import class_targets
 from d2v_core.scores import SCORES, score_all
 
 # ------------------------------------------------------------------------------------------------------- subsets
@@ -126,7 +127,7 @@ def test_every_sample_is_scored_once_with_its_own_label(toy):
     modality = toy()
     part = modality.task().test
     for batch in (4, 50):
-        batches = list(labelled_batches(modality, part, 3, batch))
+        batches = list(labelled_batches(modality, part, class_targets(3), batch))
         assert sorted(name for one in batches for name in one.ids) == sorted(f"test-{i}" for i in range(31))
         for one in batches:
             assert [int(name.split("-")[1]) % 3 for name in one.ids] == one.targets.argmax(1).tolist()
@@ -140,7 +141,9 @@ def test_workers_change_nothing(toy):
     part = modality.task().train
 
     def first(workers: int) -> list:
-        steps = iter(LabelledSteps(modality, part, 3, batch=12, micro_batch=8, seed=2, num_workers=workers))
+        steps = iter(
+            LabelledSteps(modality, part, class_targets(3), batch=12, micro_batch=8, seed=2, num_workers=workers)
+        )
         taken = [next(steps) for _ in range(7)]
         steps.close()
         return taken
@@ -156,7 +159,8 @@ def test_training_samples_are_augmented_anew_in_each_epoch(toy):
     modality = toy()
     part = modality.task().train
     seen: dict[str, list] = {}
-    for _, (_, _, (batch,)) in zip(range(10), LabelledSteps(modality, part, 3, batch=12, micro_batch=12, seed=0)):  # noqa: B905
+    steps = LabelledSteps(modality, part, class_targets(3), batch=12, micro_batch=12, seed=0)
+    for _, (_, _, (batch,)) in zip(range(10), steps):  # noqa: B905
         for row, name in enumerate(batch.ids):
             seen.setdefault(name, []).append(batch.inputs["x"][row, :12])
     assert len(seen) == 60 and all(len(views) == 2 and not torch.equal(*views) for views in seen.values())

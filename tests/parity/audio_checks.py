@@ -11,16 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v_audio import official
 from d2v_audio.data import AudioSample
 from d2v_audio.modality import AudioModality
-from d2v_core import schedules
+from d2v_core import ctc, schedules
 from d2v_core.config import RunConfig, load_config, parse_arguments
 from d2v_core.contract import Batch, Masks, Tokens
 from d2v_core.data2vec import Data2Vec, Data2VecOutput
-from d2v_core.run import build_model, model_state
+from d2v_core.finetune import Network, build_network
+from d2v_core.run import build_model, load_state, model_state
 from d2v_core.trainer import Updater
 
 from .compare import (
@@ -48,12 +49,8 @@ class Setup:
     def __init__(
         self, c: Comparison, changes: Mapping[str, str] | None = None, official_changes: Mapping[str, Any] | None = None
     ) -> None:
-        words = official.config_from_official({**c.fixture.config, **(official_changes or {})})
-        options = {**parse_arguments(words), **(changes or {})}
-        self.config, kind = load_config([f"{key}={value}" for key, value in options.items()])
-        modality = kind(self.config)
-        assert isinstance(modality, AudioModality)
-        self.modality, self.model = modality, build_model(modality)
+        self.config, self.modality = configured(c, changes, official_changes)
+        self.model = build_model(self.modality)
         layout = c.fixture.layout
         load_recorded(
             c, self.model, official.from_official(c.take_all(layout.student), self.config),
@@ -61,9 +58,25 @@ class Setup:
         )  # fmt: skip
 
     def inputs(self, source: Tensor, padding_mask: Tensor | None = None) -> Mapping[str, Tensor]:
-        """Put together as the loader does it."""
-        lengths = [source.shape[1]] * len(source) if padding_mask is None else (~padding_mask).sum(1).tolist()
-        return self.modality.collate([AudioSample(row[:n].numpy()) for row, n in zip(source, lengths, strict=True)])
+        return collated(self.modality, source, padding_mask)
+
+
+def configured(
+    c: Comparison, changes: Mapping[str, str] | None = None, official_changes: Mapping[str, Any] | None = None
+) -> tuple[RunConfig, AudioModality]:
+    """The configuration of a fixture, `changes` after it, and its modality."""
+    words = official.config_from_official({**c.fixture.config, **(official_changes or {})})
+    options = {**parse_arguments(words), **(changes or {})}
+    config, kind = load_config([f"{key}={value}" for key, value in options.items()])
+    modality = kind(config)
+    assert isinstance(modality, AudioModality)
+    return config, modality
+
+
+def collated(modality: AudioModality, source: Tensor, padding_mask: Tensor | None = None) -> Mapping[str, Tensor]:
+    """Put together as the loader does it."""
+    lengths = [source.shape[1]] * len(source) if padding_mask is None else (~padding_mask).sum(1).tolist()
+    return modality.collate([AudioSample(row[:n].numpy()) for row, n in zip(source, lengths, strict=True)])
 
 
 def forward(model: Data2Vec, inputs: Mapping[str, Tensor], masks: Masks) -> tuple[Data2VecOutput, dict[str, Call]]:
@@ -200,6 +213,57 @@ def check_target_norms(fixture: Fixture, changes: Mapping[str, str] | None = Non
         c.number(f"json {option}", out.loss_sum, fixture.meta["losses"][option], LOSS)
     c.number("json sample_size", len(masks.scored_rows), fixture.meta["sample_size"], LOSS)
     return c.finish()
+
+
+def check_ctc(fixture: Fixture, changes: Mapping[str, str] | None = None) -> Comparison:
+    """Emissions, loss, gradients and greedy decoding of the network that fine-tuning on transcripts trains."""
+    c, meta, told = Comparison(fixture), fixture.meta, fixture.meta["ctc"]
+    config, modality = configured(c, changes)
+    objective = ctc.Symbols(told["symbols"], ["wer"])
+    network = build_network(modality, objective).train()
+    prefix, head = "w.w2v_encoder.w2v_model.", "w.w2v_encoder.proj."
+    student = official.from_official(c.take_all(prefix), config)
+    state = {**student, **{f"head.out.{name}": tensor for name, tensor in c.take_all(head).items()}}
+    load_state(network.state_dict(), state, fixture.id)
+    padding_mask = c.take("in.padding_mask")
+    inputs = collated(modality, c.take("in.source"), padding_mask)
+    lengths = c.take("in.target_lengths").tolist()
+    labels = ctc.sequences([row[:n].tolist() for row, n in zip(c.take("in.target"), lengths, strict=True)])
+    emissions: ctc.Emissions = network(inputs)
+    c.tensor("out.encoder_out_TBC", emissions.logits.transpose(0, 1), ACTIVATION)
+    c.tensor("out.input_lengths", emissions.lengths, ACTIVATION)
+    ours, recorded = ctc.log_probabilities(emissions).transpose(0, 1), fixture.tensors["out.log_probs_TBC"]
+    if not torch.equal(ours.isfinite(), recorded.isfinite()):
+        c.fail("out.log_probs_TBC", "not the same symbols of the same frames are impossible")
+    finite = recorded.isfinite()
+    c.tensor_like("out.log_probs_TBC", torch.where(finite, ours, 0.0), torch.where(finite, recorded, 0.0), ACTIVATION)
+    if "out.frame_padding_mask" in fixture.tensors:
+        places = torch.arange(emissions.logits.shape[1])
+        c.tensor("out.frame_padding_mask", places >= emissions.lengths[:, None], ACTIVATION)
+    loss = objective.loss(emissions, objective.targets(labels))
+    c.tensor("out.loss_sum", loss, LOSS)
+    c.tensor("out.loss_per_sample", loss / len(labels), LOSS)
+    c.number("json loss_sum", loss, meta["loss_sum"], LOSS)
+    c.number("json loss_mean", loss / len(labels), meta["loss_mean"], LOSS)
+    c.number("json sample_size", len(labels), meta["sample_size"], LOSS)
+    for i, (ours, recorded) in enumerate(zip(objective.keep(emissions), meta["greedy_hypotheses"], strict=True)):
+        if ours.tolist() != recorded:
+            c.fail(f"json greedy_hypotheses[{i}]", f"decoded {ours.tolist()}, recorded {recorded}")
+    loss.backward()
+    own = {f"w2v_encoder.proj.{name}": p.grad for name, p in network.head.out.named_parameters()}
+    of_student = official.gradients_to_official(student_alone(network), config)
+    own |= {f"w2v_encoder.w2v_model.{name}": gradient for name, gradient in of_student.items()}
+    c.tensors("grad.", {name: g for name, g in own.items() if g is not None}, GRADIENT)
+    for name in own.keys() | fixture.grad_norms.keys():
+        ours = own.get(name)
+        norm = None if ours is None else ours.norm()
+        c.number(f"norm of grad.{name}", norm, fixture.grad_norms.get(name), gradient_limit(name))
+    return c.finish()
+
+
+def student_alone(network: Network) -> nn.Module:
+    """Under the names that it has in a Data2Vec."""
+    return nn.ModuleDict({"student": network.student})
 
 
 def check_training_steps(fixture: Fixture, changes: Mapping[str, str] | None = None) -> Comparison:

@@ -73,6 +73,11 @@ class Comparison:
         self._compared.add(name)
         self._compare(f"{name} {how}".strip(), ours, self.fixture.tensors[name], limit)
 
+    def tensor_like(self, name: str, ours: Tensor, recorded: Tensor, limit: Limit) -> None:
+        """As `tensor`, with what the caller has made of the recorded one to be comparable."""
+        self._compared.add(name)
+        self._compare(name, ours, recorded, limit)
+
     def tensors(self, prefix: str, ours: Mapping[str, Tensor], limit: Limit) -> None:
         """Every recorded tensor under a prefix."""
         for name in self.recorded(prefix):

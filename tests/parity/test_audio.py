@@ -13,9 +13,9 @@ CHECKS = {
     "loss_options": audio_checks.check_loss_options,
     "target_normalisation_options": audio_checks.check_target_norms,
     "training_steps": audio_checks.check_training_steps,
+    "ctc_finetuning": audio_checks.check_ctc,
     "mask_statistics": mask_checks.check_mask_statistics,
 }
-NOT_YET = {"ctc_finetuning": "fine-tuning with CTC is not part of d2v yet"}
 
 
 def is_audio(fixture: Fixture) -> bool:
@@ -23,7 +23,7 @@ def is_audio(fixture: Fixture) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    parametrize(metafunc, is_audio, NOT_YET)
+    parametrize(metafunc, is_audio, {})
 
 
 def test_parity(fixture: Fixture, keep: list[Comparison]) -> None:

@@ -21,13 +21,13 @@ import d2v_core.official
 from d2v_audio import official
 from d2v_audio.feature_encoder import AudioEncoder
 from d2v_audio.modality import AudioModality
-from d2v_core import loop, masking, schedules, targets, trainer
+from d2v_core import ctc, loop, masking, schedules, targets, trainer
 from d2v_core.contract import Masks, Tokens
 from d2v_core.loss import RegressionLoss
 from d2v_core.teacher import EMATeacher
 from d2v_core.transformer import Attention, Block, Transformer
 
-from .audio_checks import check_single_step, check_training_steps
+from .audio_checks import check_ctc, check_single_step, check_training_steps
 from .compare import Comparison
 from .finder import Fixture, find, root_of
 from .mask_checks import check_mask_statistics
@@ -312,6 +312,60 @@ def epsilon_added_after_the_bias_correction(patch: pytest.MonkeyPatch) -> None:
         patch, loop, "set_step",
         lambda original, optimizer, lr, step, config: original(
             optimizer, lr, step, dataclasses.replace(config, official_eps=False)
+        ),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- CTC
+
+
+def spelling(*noticed_by: str) -> Callable[[Plant], Plant]:
+    """On utterances of several lengths."""
+    return FAULTS.case("ctc_finetuning", check_ctc, noticed_by, lambda f: "out.frame_padding_mask" in f.meta["tensors"])
+
+
+@spelling("out.loss_sum", "json greedy_hypotheses", "out.log_probs_TBC")
+def blank_taken_for_another_symbol(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ctc, "BLANK", 1)
+
+
+@spelling("out.input_lengths", "out.loss_sum", "out.log_probs_TBC", "norm of grad.")
+def padding_spelled_with(patch: pytest.MonkeyPatch) -> None:
+    wrap(
+        patch, ctc.TokenHead, "features",
+        lambda original, self, tokens: original(self, dataclasses.replace(tokens, padding_mask=None)),
+    )  # fmt: skip
+
+
+@spelling("out.log_probs_TBC")
+def padding_not_certainly_blank(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ctc, "log_probabilities", lambda emissions: emissions.logits.log_softmax(-1))
+
+
+@spelling("out.loss_sum", "out.loss_per_sample", "grad.")
+def loss_averaged_over_symbols(patch: pytest.MonkeyPatch) -> None:
+    def averaged(
+        original: Any, log_probs: Any, targets: Any, frames: Any, lengths: Any, blank: int, _: str, **rest: Any
+    ):
+        return original(log_probs, targets, frames, lengths, blank, "mean", **rest)
+
+    wrap(patch, nn.functional, "ctc_loss", averaged)
+
+
+@spelling("json greedy_hypotheses")
+def repeats_not_merged(patch: pytest.MonkeyPatch) -> None:
+    def every_frame(logits: torch.Tensor, length: int | None = None) -> list[int]:
+        return [int(symbol) for symbol in logits[:length].argmax(-1) if symbol != ctc.BLANK]
+
+    patch.setattr(ctc, "greedy", every_frame)
+
+
+@spelling("out.encoder_out_TBC", "out.loss_sum")
+def padding_heard_by_the_positions(patch: pytest.MonkeyPatch) -> None:
+    wrap(
+        patch, AudioEncoder, "view",
+        lambda original, self, tokens, masks: dataclasses.replace(
+            original(self, dataclasses.replace(tokens, padding_mask=None), masks), padding_mask=tokens.padding_mask
         ),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from d2v_core.config import load_config
 from d2v_core.contract import Task
 from d2v_core.errors import UserError
 from d2v_core.labelled import open_task
+from d2v_core.objectives import class_targets
 from d2v_core.schedules import lr_at
 from d2v_text import glue, grammar
 from d2v_text.labelled import BagOfTokens, GlueConfig, encode, from_files
@@ -364,7 +365,9 @@ def test_labels_stay_with_their_samples(runs: Path, tmp_path: Path, tokenizer: B
     split = open_task(made)
     seen: dict[int, list[tuple[tuple[str, ...], list, list]]] = {}
     for workers in (0, 2):
-        steps = iter(LabelledSteps(made, split.train, 2, batch=6, micro_batch=4, seed=0, num_workers=workers))
+        steps = iter(
+            LabelledSteps(made, split.train, class_targets(2), batch=6, micro_batch=4, seed=0, num_workers=workers)
+        )
         batches = [batch for _ in range(5) for batch in next(steps)[2]]
         steps.close()
         for batch in batches:

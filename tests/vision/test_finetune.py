@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import d2v_core
-from d2v_core import cli, plugins
+from d2v_core import checkpoint, cli, plugins
 from d2v_core.config import load_config
 from d2v_core.contract import LabelledPart, Task
 from d2v_core.errors import UserError
-from d2v_core.finetune import build_classifier, load_pretrained
+from d2v_core.finetune import build_network, load_pretrained
 from d2v_core.keyed import generator, seeded
+from d2v_core.objectives import Classes
 from d2v_core.run import build_student
 from d2v_vision import labelled
 from d2v_vision.data import ImageSample, VisionConfig, to_tensor
@@ -484,12 +485,12 @@ def test_the_shared_bias_becomes_one_for_each_block(d2v: Run) -> None:
         return VisionModality(load_config([*given, *words], lambda name: VisionModality)[0])
 
     table = torch.randn_like(build_student(made()).encoder.get_parameter("positions.table"))
-    path = next(Path("pre/checkpoints").iterdir()) / "model.safetensors"
-    from safetensors.torch import save_file
-
-    save_file({**load_file(path), "student.encoder.positions.table": table}, path)
+    folder = next(Path("pre/checkpoints").iterdir())
+    stored = checkpoint.load(folder)
+    stored.model["student.encoder.positions.table"] = table
+    checkpoint.save(folder.parent, checkpoint.step_of(folder) + 1, stored, 1)
     shared, own = made(), made("features.bias=per_block")
-    models = [build_classifier(one, 3).eval() for one in (shared, own)]
+    models = [build_network(one, Classes([str(i) for i in range(3)], ["accuracy"])).eval() for one in (shared, own)]
     for model, one in zip(models, (shared, own), strict=True):
         load_pretrained(model, one)
     assert torch.equal(models[1].student.encoder.get_parameter("positions.1.table"), table)
@@ -532,7 +533,7 @@ def test_the_official_recipes(tmp_path: Path, preset: str, rate: float, steps: i
     assert config.optim.lr * config.optim.final_lr_ratio == pytest.approx(1e-6)
     assert config.model.layer_scale == stored.model.layer_scale and config.model.attention_dropout == 0
     with torch.device("meta"):
-        model = build_classifier(made, 1000)
+        model = build_network(made, Classes([str(i) for i in range(1000)], ["accuracy"]))
     # The pre-trained network with 12 or 24 tables in place of one, without final norm and head, and with BEiT's head.
     dim, layers, heads = config.model.embed_dim, config.model.num_layers, config.model.num_heads
     pretrained = {"base": 86_256_720, "large": 304_186_816}[preset]

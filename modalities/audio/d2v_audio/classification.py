@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from d2v_audio.data import AudioFiles, AudioSample, normalise, scan_data, summary_bands
+from d2v_audio.data import AudioConfig, AudioFiles, AudioSample, normalise, scan_data, summary_bands
 from d2v_audio.files import Clip, ScanReport, table_columns
 from d2v_audio.synthetic import WORDS, SyntheticSpeech
 from d2v_core.config import opt
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PARTS: Mapping[str, str] = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev",
                             "test": "test"}  # fmt: skip
 LISTS: Mapping[str, str] = {"testing_list.txt": "test", "validation_list.txt": "dev"}  # of Speech Commands
+FOR_TRANSCRIPTS = "To learn to transcribe, take a recipe for that: preset=ctc_tiny, base_10m and others."
 NOISE = "_background_noise_"  # of Speech Commands: recordings to be mixed in, no class
 FIRST_UTTERANCE = 1_000_000  # of the built-in corpus; pre-training and the phone probe use those from 0 on
 
@@ -37,6 +38,9 @@ FIRST_UTTERANCE = 1_000_000  # of the built-in corpus; pre-training and the phon
 class LabelledConfig:
     """What is to be told of each clip (stage=finetune and stage=probe)."""
 
+    task: Literal["classes", "transcripts"] = opt(
+        "classes", "What is asked of each clip: its class, or what is said in it (see section transcripts)."
+    )
     column: str = opt("label", "Column of a .tsv table with the class; an empty cell leaves the clip out.")
     split_column: str = opt(
         "split", "Column of a .tsv table that says train, dev or test; where there is none, every row is for training."
@@ -126,11 +130,7 @@ def open_classification(modality: AudioModality) -> Task[AudioSample]:
     """The task of `data.path`, or the built-in one. Raises UserError saying what was found and what was expected."""
     data, config = modality.data, modality.config.section("labelled", LabelledConfig)
     config.check(data.max_s)
-    if data.split is not None:
-        raise UserError(
-            f"data.split={data.split} is for pre-training. Labelled data say themselves what is for train, dev and "
-            "test: in the column that labelled.split_column names, or by sub-folders. Leave data.split out."
-        )
+    refuse_split(data)
     if data.path is None:
         return _first_words(modality, config)
     least = max(modality.two_tokens(), round(config.min_s * data.sample_rate))
@@ -146,7 +146,18 @@ def open_classification(modality: AudioModality) -> Task[AudioSample]:
         found = _in_folders(data.path, report)
     else:
         raise UserError(f"data.path={data.path} is one file: expected a folder of class folders or a .tsv table.")
+    if len({label for part in found.parts.values() for _, label in part}) == 1 and report.clips[0].transcript:
+        raise UserError(f"data.path={data.path} has transcripts and no classes. {FOR_TRANSCRIPTS}")
     return _task(modality, found, report, config)
+
+
+def refuse_split(data: AudioConfig) -> None:
+    """data.split is an option of pre-training."""
+    if data.split is not None:
+        raise UserError(
+            f"data.split={data.split} is for pre-training. Labelled data say themselves what is for train, dev and "
+            "test: in the column that labelled.split_column names, or by sub-folders. Leave data.split out."
+        )
 
 
 def _first_words(modality: AudioModality, config: LabelledConfig) -> Task[AudioSample]:
@@ -188,11 +199,11 @@ def _task(modality: AudioModality, found: _Found, report: ScanReport, config: La
                 "class, or take it out."
             )
     if not parts["dev"]:
-        _hold_speakers_back(modality, parts, notes, config)
-    heard = _speakers(parts["train"])
+        hold_speakers_back(modality, parts, notes, config)
+    heard = speakers(parts["train"])
     for name in ("dev", "test"):
-        if both := _speakers(parts[name]) & heard:
-            notes.append(f"{len(both)} of {len(_speakers(parts[name]))} speakers of {name} are also in train")
+        if both := speakers(parts[name]) & heard:
+            notes.append(f"{len(both)} of {len(speakers(parts[name]))} speakers of {name} are also in train")
     clips = [clip for name in parts for clip, _ in parts[name]]
     whole = replace(report, clips=tuple(clips))
     text = "\n".join([whole.summary().replace("data.min_s", "labelled.min_s"), *notes])
@@ -322,7 +333,7 @@ def _columns(given: str, config: LabelledConfig) -> tuple[str, ...]:
     if config.column not in there:
         raise UserError(
             f"data.path={given} has no column {config.column!r} to take the classes from. Its columns are: {shown}. "
-            "Name one with labelled.column=."
+            f"Name one with labelled.column=. {FOR_TRANSCRIPTS if {'transcript', 'text'} & set(there) else ''}".strip()
         )
     if config.split_column not in there and config.split_column != "split":
         raise UserError(f"data.path={given} has no column {config.split_column!r}. Its columns are: {shown}.")
@@ -363,7 +374,7 @@ def _in_table(given: str, report: ScanReport, config: LabelledConfig) -> _Found:
 # ---------------------------------------------------------------------------------------------------------- speakers
 
 
-def _hold_speakers_back(
+def hold_speakers_back(
     modality: AudioModality, parts: dict[str, list[Labelled]], notes: list[str], config: LabelledConfig
 ) -> None:
     """Move whole speakers from train to dev, `finetune.dev_ratio` of the clips, where that is asked for and possible.
@@ -371,14 +382,14 @@ def _hold_speakers_back(
     No class loses its last speaker, and no speaker is taken with whom dev would be twice as large as asked for. Where
     nobody is left, dev stays empty and the core holds single clips back.
     """
-    clips, speakers = parts["train"], _speakers(parts["train"])
+    clips, there = parts["train"], speakers(parts["train"])
     wanted = round(modality.config.finetune.dev_ratio * len(clips))
-    if not config.unseen_speakers or wanted < 1 or len(speakers) < 2 or any(not clip.speaker for clip, _ in clips):
+    if not config.unseen_speakers or wanted < 1 or len(there) < 2 or any(not clip.speaker for clip, _ in clips):
         return
     left = Counter(label for _, label in clips)
     held: set[str] = set()
     size = 0
-    order = sorted(speakers)
+    order = sorted(there)
     # As in the core, the part held back is the same for every seed of a run.
     for i in generator(DEV_SEED, "dev speakers").permutation(len(order)):
         own = Counter(label for clip, label in clips if clip.speaker == order[i])
@@ -389,10 +400,10 @@ def _hold_speakers_back(
     if held:
         parts["dev"] = [(clip, label) for clip, label in clips if clip.speaker in held]
         parts["train"] = [(clip, label) for clip, label in clips if clip.speaker not in held]
-        notes.append(f"held back to choose on: {_clips(size)} of {len(held)} of {len(speakers)} speakers")
+        notes.append(f"held back to choose on: {_clips(size)} of {len(held)} of {len(there)} speakers")
 
 
-def _speakers(part: Sequence[Labelled]) -> set[str]:
+def speakers(part: Sequence[Labelled]) -> set[str]:
     return {clip.speaker for clip, _ in part if clip.speaker}
 
 

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from d2v_core.config import opt, options
+from d2v_core.ctc import NOTHING, Emissions, ctc_loss, greedy, padded, sequences, symbol_errors
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator, seed_of
+from d2v_core.objectives import fit_linear
 
 HELP = """d2v ctc-probe RUN path=TABLE.tsv [key=value ...]
 
@@ -195,7 +196,7 @@ def _utterance(encode: Encode, inputs: Mapping[str, Tensor], text: str, alphabet
 
 
 def _train(utterances: Sequence[Utterance], num_classes: int, config: CTCProbeConfig) -> list[nn.Linear]:
-    """One linear CTC layer per layer of the network, all in one loop; each folds the standardisation of its input."""
+    """One linear CTC layer per layer of the network; each folds the standardisation of its input."""
     fits = [u for u in utterances if len(u.letters) <= len(u.layers[0])]
     if not fits:
         raise UserError(
@@ -203,44 +204,25 @@ def _train(utterances: Sequence[Utterance], num_classes: int, config: CTCProbeCo
             "with more tokens per second (features.stride), or check the transcripts."
         )
     torch.manual_seed(seed_of(config.seed, "ctc-probe"))
-    heads, statistics = [], []
-    for layer in range(len(fits[0].layers)):
-        frames = torch.cat([u.layers[layer] for u in fits])
-        statistics.append((frames.mean(0), frames.std(0) + 1e-5))
-        heads.append(nn.Linear(frames.shape[1], num_classes))
-    optimizer = torch.optim.Adam([p for head in heads for p in head.parameters()], lr=config.lr)
-    order = generator(config.seed, "ctc-probe-order")
-    for step in range(config.steps):
-        warmup = min(1.0, (step + 1) / (0.1 * config.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(warmup, 1.0 - step / config.steps)
-        batch = [fits[i] for i in order.choice(len(fits), min(config.batch, len(fits)), replace=False)]
-        lengths = torch.tensor([len(u.layers[0]) for u in batch])
-        letters = torch.cat([u.letters for u in batch])
-        target_lengths = torch.tensor([len(u.letters) for u in batch])
-        loss = torch.zeros(())
-        for layer, (head, (mean, std)) in enumerate(zip(heads, statistics, strict=True)):
-            x = nn.utils.rnn.pad_sequence([(u.layers[layer] - mean) / std for u in batch])
-            loss = loss + F.ctc_loss(head(x).log_softmax(-1), letters, lengths, target_lengths, zero_infinity=True)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for head, (mean, std) in zip(heads, statistics, strict=True):
-        with torch.no_grad():
-            head.weight /= std
-            head.bias -= head.weight @ mean
+    targets = sequences([u.letters.tolist() for u in fits])
+    heads = [nn.Linear(layer.shape[1], num_classes) for layer in fits[0].layers]
+    for layer, head in enumerate(heads):
+
+        def loss(chosen: list[Tensor], numbers: Sequence[int], head: nn.Linear = head) -> Tensor:
+            letters = padded(targets[list(numbers)])
+            x = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+            emissions = Emissions(head(x), torch.tensor([len(one) for one in chosen]))
+            return (ctc_loss(emissions, letters) / (letters != NOTHING).sum(1).clamp(min=1)).mean()
+
+        fit_linear(
+            head, [u.layers[layer] for u in fits], loss, steps=config.steps, batch=config.batch, lr=config.lr,
+            rng=generator(config.seed, "ctc-probe-order"),
+        )  # fmt: skip
     return heads
 
 
 @torch.no_grad()
 def _error_rate(head: nn.Linear, utterances: Sequence[Utterance], layer: int) -> float:
     """Edits over reference letters, both summed over all utterances, in per cent."""
-    from torchaudio.functional import edit_distance
-
-    edits = sum(edit_distance(greedy(head(u.layers[layer])), u.letters.tolist()) for u in utterances)
-    return 100.0 * edits / max(sum(len(u.letters) for u in utterances), 1)
-
-
-def greedy(logits: Tensor) -> list[int]:
-    """(T, classes) -> best class per frame, repeats merged, blanks (0) dropped."""
-    return [int(c) for c in torch.unique_consecutive(logits.argmax(-1)) if c != 0]
+    said = [u.letters.tolist() for u in utterances]
+    return symbol_errors([greedy(head(u.layers[layer])) for u in utterances], said)["symbol_errors"]

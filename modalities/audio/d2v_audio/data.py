@@ -66,10 +66,11 @@ class AudioConfig:
 @dataclass(frozen=True)
 class AudioSample:
     """waveform: (S,) float32, mean 0 and variance 1 over the whole clip, before any cropping. num_uncropped: samples in
-    the clip that it was cut from, 0 where it was not."""
+    the clip that it was cut from, 0 where it was not. withheld: (N, 4) int64, rectangles for `LogMelEmbedding`."""
 
     waveform: np.ndarray
     num_uncropped: int = 0
+    withheld: np.ndarray | None = None
 
 
 def normalise(waveform: np.ndarray) -> np.ndarray:

@@ -134,9 +134,26 @@ class LogMelEmbedding(nn.Module):
             centred = (x - mean) * valid
             return centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / count[:, None, None] + 1e-5)
 
-    def forward(self, waveform: Tensor, num_samples: Tensor | None) -> Tokens:
-        x = self.conv(self.bands(waveform, num_samples).transpose(1, 2)).transpose(1, 2)
+    def forward(self, waveform: Tensor, num_samples: Tensor | None, withheld: Tensor | None = None) -> Tokens:
+        """withheld: (B, N, 4) int64 rectangles (first band, band behind the last, the same of windows) set to 0, the
+        mean of each band."""
+        bands = self.bands(waveform, num_samples)
+        if withheld is not None:
+            bands = bands.masked_fill(_inside(withheld, bands.shape[2], bands.shape[1]), 0.0)
+        x = self.conv(bands.transpose(1, 2)).transpose(1, 2)
         return _tokens(self.project(self.norm(F.gelu(x))), num_samples, self.geometry)
+
+
+def _inside(rectangles: Tensor, num_bands: int, num_windows: int) -> Tensor:
+    """(B, N, 4) -> (B, num_windows, num_bands) bool, True in one of them."""
+
+    def between(first: Tensor, end: Tensor, size: int) -> Tensor:
+        places = torch.arange(size, device=rectangles.device)
+        return (places >= first.unsqueeze(-1)) & (places < end.unsqueeze(-1))
+
+    bands = between(rectangles[..., 0], rectangles[..., 1], num_bands)
+    windows = between(rectangles[..., 2], rectangles[..., 3], num_windows)
+    return (windows.unsqueeze(-1) & bands.unsqueeze(2)).any(1)
 
 
 class WaveformGeometry:
@@ -204,8 +221,13 @@ class AudioEncoder(FeatureEncoder):
         self.dropout = model.dropout
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
-        """inputs: waveform (B, S) float32, and num_samples (B,) int64 where samples are padded."""
-        return self.embedding(inputs["waveform"], inputs.get("num_samples"))
+        """inputs: as `embedded` takes them."""
+        assert isinstance(self.embedding, WaveformEmbedding | LogMelEmbedding)
+        return embedded(self.embedding, inputs)
+
+    def hide(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """By the mask vector, here as in pre-training."""
+        return torch.where(hidden.unsqueeze(-1), self.mask_embedding.to(x.dtype), x)
 
     def view(self, tokens: Tokens, masks: Masks | None) -> Tokens:
         x, padding_mask = tokens.x, tokens.padding_mask
@@ -251,8 +273,9 @@ class VisibleAudioEncoder(FeatureEncoder):
         self.leaky_padding = leaky_padding
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
-        """inputs: waveform (B, S) float32, and num_samples (B,) int64 where samples are padded."""
-        return self.embedding(inputs["waveform"], inputs.get("num_samples"))
+        """inputs: as `embedded` takes them."""
+        assert isinstance(self.embedding, WaveformEmbedding | LogMelEmbedding)
+        return embedded(self.embedding, inputs)
 
     def view(self, tokens: Tokens, masks: Masks | None) -> Tokens:
         x, padding_mask = tokens.x, tokens.padding_mask
@@ -281,6 +304,15 @@ class VisibleAudioEncoder(FeatureEncoder):
 
     def _biases(self, tokens: Tokens) -> AttentionBias:
         return None if self.alibi is None else self.alibi(tokens)
+
+
+def embedded(embedding: WaveformEmbedding | LogMelEmbedding, inputs: Mapping[str, Tensor]) -> Tokens:
+    """inputs: waveform (B, S) float32, num_samples (B,) int64 where samples are padded, and, of a filter bank, withheld
+    (B, N, 4) where fine-tuning withholds some of it."""
+    waveform, num_samples = inputs["waveform"], inputs.get("num_samples")
+    if isinstance(embedding, LogMelEmbedding):
+        return embedding(waveform, num_samples, inputs.get("withheld"))
+    return embedding(waveform, num_samples)
 
 
 def make_embedding(

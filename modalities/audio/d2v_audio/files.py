@@ -247,6 +247,7 @@ def _table(table: Path, given: str | Path, split: str | None, wanted: Sequence[s
     """Entries of a .tsv file of either kind; a file may stand in it once."""
     lines = _lines(table)
     columns, root = lines[0].split("\t"), table.parent
+    texts_beside: list[str] | None = None
     if wanted and "file" not in columns:
         columns = ["file" if column == "path" else column for column in columns]
     if "file" not in columns:  # a fairseq manifest
@@ -256,6 +257,7 @@ def _table(table: Path, given: str | Path, split: str | None, wanted: Sequence[s
                 "them, or, in a fairseq manifest, only the root folder, which must exist."
             )
         columns, root = ["file", "number of samples"], root / columns[0]
+        texts_beside = _manifest_texts(table, given, sum(bool(line.strip()) for line in lines[1:]))
     if split is not None and "split" not in columns:
         raise UserError(f"data.path={given} has no column 'split' to find {split!r} in: leave the split out.")
 
@@ -283,13 +285,31 @@ def _table(table: Path, given: str | Path, split: str | None, wanted: Sequence[s
         line_of[str(file)] = number
         splits.add(row.get("split", ""))
         if split is None or row["split"] == split:
-            texts = row.get("transcript") or None, row.get("speaker") or None
+            transcript = row.get("transcript") if texts_beside is None else texts_beside[len(entries)]
+            texts = transcript or None, row.get("speaker") or None
             cells = {column: row[column] for column in wanted}
             entries.append(_Entry(str(file), root / file, *texts, int(frames) if frames else None, cells))
     if not entries:
         there = f" of split {split!r}; its splits are {', '.join(sorted(splits))}." if splits else " after line 1."
         raise UserError(f"data.path={given} lists no files{there}")
     return entries
+
+
+def _manifest_texts(table: Path, given: str | Path, count: int) -> list[str] | None:
+    """Transcripts of a fairseq manifest, in its order: NAME.ltr (letters, `|` after words) or NAME.wrd beside it."""
+    for suffix in (".ltr", ".wrd"):
+        path = table.with_suffix(suffix)
+        if path.is_file():
+            lines = _lines(path)
+            lines = lines[:-1] if lines[-1] == "" else lines
+            if len(lines) != count:
+                raise UserError(
+                    f"data.path={given} lists {count} files, but {path.name} beside it has {len(lines)} lines: it must "
+                    "have one transcript for each file, in the same order. Make both anew, or move it away."
+                )
+            letters = suffix == ".ltr"
+            return ["".join(line.split()).replace("|", " ").strip() if letters else line.strip() for line in lines]
+    return None
 
 
 def _lines(path: Path) -> list[str]:

@@ -58,16 +58,26 @@ class Letters:
         known = set(self.symbols[4:]) - {BOUNDARY}
         return list(dict.fromkeys(letter for word in normal(text).split() for letter in word if letter not in known))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, a boundary after each word (as fairseq's libri_labels.py). Raises ValueError for `unknown`."""
-        if unknown := self.unknown(text):
-            raise ValueError(f"{text!r} has letters outside the vocabulary: {' '.join(unknown)}")
-        ids = {symbol: i for i, symbol in enumerate(self.symbols)}
-        return [ids[symbol] for word in normal(text).split() for symbol in (*word, BOUNDARY)]
+    def encode(self, text: str, unknown: int | None = None) -> list[int]:
+        """Ids of a text, a boundary after each word (as fairseq's libri_labels.py).
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids that are already collapsed; boundaries become blanks, special symbols vanish."""
-        text = "".join(self.symbols[i] for i in ids if i > UNK)
+        unknown: the id of letters outside the vocabulary; where it is None, they raise ValueError.
+        """
+        if unknown is None and (letters := self.unknown(text)):
+            raise ValueError(f"{text!r} has letters outside the vocabulary: {' '.join(letters)}")
+        ids: dict[str, int | None] = {symbol: i for i, symbol in enumerate(self.symbols) if i > UNK}
+        spelled = [
+            i for word in normal(text).split()
+            for i in (*(unknown if letter == BOUNDARY else ids.get(letter, unknown) for letter in word), self.boundary)
+        ]  # fmt: skip
+        return [i for i in spelled if i is not None]
+
+    def decode(self, ids: Sequence[int], unknown: str = "") -> str:
+        """The text of ids that are already collapsed; boundaries become blanks, special symbols vanish.
+
+        unknown: what is written for letters outside the vocabulary.
+        """
+        text = "".join(unknown if i == UNK else self.symbols[i] for i in ids if i >= UNK)
         return " ".join(text.replace(BOUNDARY, " ").split())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2v_audio.augment import AugmentConfig
 from d2v_audio.classification import LabelledConfig, open_classification
 from d2v_audio.data import AudioConfig, AudioSample, open_dataset, phone_probe
 from d2v_audio.feature_encoder import (
@@ -22,6 +23,7 @@ from d2v_audio.feature_encoder import (
     make_encoder,
     make_geometry,
 )
+from d2v_audio.transcripts import TranscriptsConfig, open_transcription
 from d2v_core.config import RunConfig, opt
 from d2v_core.contract import (
     Batching,
@@ -87,7 +89,7 @@ class AudioModality(Modality[AudioSample]):
 
     @classmethod
     def task_sections(cls) -> Mapping[str, type]:
-        return {"labelled": LabelledConfig}
+        return {"labelled": LabelledConfig, "transcripts": TranscriptsConfig, "augment": AugmentConfig}
 
     @classmethod
     def method_sections(cls, encoder: str, method: str) -> Mapping[str, type]:
@@ -134,14 +136,19 @@ class AudioModality(Modality[AudioSample]):
         return Layout((self.geometry.num_tokens(len(sample.waveform)),), num_uncropped=uncropped)
 
     def collate(self, samples: Sequence[AudioSample]) -> Mapping[str, Tensor]:
-        """waveform (B, S) float32, zeros behind shorter clips; num_samples (B,) int64 only where some are shorter."""
+        """waveform (B, S) float32, zeros behind shorter clips; num_samples (B,) int64 only where some are shorter;
+        withheld (B, N, 4) int64 only where something is."""
         lengths = [len(sample.waveform) for sample in samples]
         waveform = torch.zeros(len(samples), max(lengths))
         for row, sample in zip(waveform, samples, strict=True):
             row[: len(sample.waveform)] = torch.from_numpy(sample.waveform)
-        if min(lengths) == max(lengths):
-            return {"waveform": waveform}
-        return {"waveform": waveform, "num_samples": torch.tensor(lengths)}
+        inputs = {"waveform": waveform}
+        if min(lengths) < max(lengths):
+            inputs["num_samples"] = torch.tensor(lengths)
+        withheld = [torch.from_numpy(sample.withheld) for sample in samples if sample.withheld is not None]
+        if withheld:
+            inputs["withheld"] = torch.nn.utils.rnn.pad_sequence(withheld, batch_first=True)
+        return inputs
 
     def amount(self, inputs: Mapping[str, Tensor]) -> float:
         samples = inputs["num_samples"].sum().item() if "num_samples" in inputs else inputs["waveform"].numel()
@@ -187,11 +194,21 @@ class AudioModality(Modality[AudioSample]):
         return phone_probe(self)
 
     def task(self) -> Task[AudioSample]:
-        return open_classification(self)
+        transcripts = self.config.section("labelled", LabelledConfig).task == "transcripts"
+        self.config.section("augment", AugmentConfig).check(self.features)
+        return open_transcription(self) if transcripts else open_classification(self)
 
     def prepare_labelled(self, sample: AudioSample, rng: np.random.Generator | None) -> AudioSample:
-        """At most data.max_s of a clip: a random stretch while training, else the middle."""
-        return _cropped(sample, round(self.data.max_s * self.data.sample_rate), rng)
+        """A clip whose transcript is asked for, whole; of others at most data.max_s, at random while training, else
+        the middle. While training, with what section augment withholds."""
+        if self.config.section("labelled", LabelledConfig).task == "classes":
+            sample = _cropped(sample, round(self.data.max_s * self.data.sample_rate), rng)
+        if rng is None or not isinstance(self.features, LogMelConfig):
+            return sample
+        augment = self.config.section("augment", AugmentConfig)
+        return replace(
+            sample, withheld=augment.rectangles(self.features, len(sample.waveform) / self.data.sample_rate, rng)
+        )
 
 
 def _cropped(sample: AudioSample, size: int, rng: np.random.Generator | None) -> AudioSample:

@@ -28,6 +28,7 @@ from d2v_core import (
     Tokens,
 )
 from d2v_core.config import ModelConfig, opt
+from d2v_core.ctc import sequences
 from d2v_core.keyed import generator
 from d2v_core.masking import SpanMaskingConfig
 
@@ -56,6 +57,7 @@ class ToyTaskConfig:
     num_classes: int = opt(3, "Classes; 1 = the offset itself is asked for, a number.")
     signal: float = opt(2.0, "Distance between the offsets.")
     bad_test: bool = opt(False, "Make the first sample of the test part unreadable.")
+    spelled: bool = opt(False, "Sequences of the symbols a and b instead of classes.")
     mixed: bool = opt(False, "Blend each sample of a batch with its neighbour while training.")
 
 
@@ -92,6 +94,22 @@ class ToyLabelled(Dataset[np.ndarray]):
             raise BadSample("broken on purpose")
         x = generator(0, self.part, index).normal(size=(int(self.sizes[index]), CHANNELS)).astype(np.float32)
         x[:, 0] += self.offsets[index]
+        return x
+
+
+class ToySpelled(ToyLabelled):
+    """Noise with two tokens of +3 for each a and of -3 for each b of `spellings`, and two of neither behind them."""
+
+    def __init__(self, part: str, count: int) -> None:
+        super().__init__(part, np.zeros(count))
+        self.spellings = [
+            list(map(int, generator(0, part, "spelling", i).integers(1, 3, 1 + i % 3))) for i in range(count)
+        ]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        x = 0.3 * super().__getitem__(index)
+        for place, symbol in enumerate(self.spellings[index]):
+            x[4 * place : 4 * place + 2, 0] += 3.0 if symbol == 1 else -3.0
         return x
 
 
@@ -146,6 +164,10 @@ class ToyModality(Modality[np.ndarray]):
 
     def task(self) -> Task[np.ndarray]:
         task = self.config.section("offsets", ToyTaskConfig)
+        if task.spelled:
+            parts = (ToySpelled("train", 60), ToySpelled("test", 31))
+            train, test = (LabelledPart(data, sequences(data.spellings)) for data in parts)
+            return Task("spelling", (), ("symbol_errors",), train, test=test, symbols=("blank", "a", "b"))
 
         def part(name: str, count: int) -> LabelledPart[np.ndarray]:
             labels = np.arange(count) % max(task.num_classes, 2)
