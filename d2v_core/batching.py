@@ -172,6 +172,13 @@ class _MicroBatches(_Reader):
         return self.policy(layouts, self.num_copies, [generator(self.seed, "mask", epoch, name) for name in ids])
 
 
+def read_micro_batch(
+    modality: Modality[Any], dataset: Dataset[Any], micro: MicroBatch, num_copies: int, seed: int
+) -> Batch:
+    """What a worker makes of one micro-batch, made here. Without masks where no sample of it can be read."""
+    return _MicroBatches(modality, dataset, modality.masking(), num_copies, seed)[micro]
+
+
 class _LabelledMicroBatches(_Reader):
     """For fine-tuning and scoring: read, augment while training, collate, add targets."""
 

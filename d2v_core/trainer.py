@@ -80,6 +80,9 @@ class Trainer(Loop[Data2Vec]):
     updater: Updater
 
     def build(self, fresh: bool) -> None:
+        from d2v_core import plan  # here, for it makes steps of its own
+
+        plan.refuse_impossible_network(self.config, self.device)
         self.model = run.build_model(self.modality)
         if self.config.from_run is not None and fresh:
             self._start_from(Path(self.config.from_run))
@@ -89,6 +92,9 @@ class Trainer(Loop[Data2Vec]):
     def open_data(self) -> None:
         self.dataset = self.modality.dataset("train")
         self.dataset_size, self.description = len(self.dataset), self.dataset.describe()
+        from d2v_core import plan
+
+        plan.refuse_impossible(self.modality, self.dataset, self.device)
 
     def steps(self) -> StepLoader:
         train = self.config.train
