@@ -73,11 +73,14 @@ class Counter(TorchDispatchMode):
     """Inside, adds up the FLOPs of every operation by part, and follows the bytes of storages that are alive.
 
     part: what FLOPs are put down to; set it as the step goes on. live: bytes now. peak: the most since `reset`.
+    buffers: storages of which a value may be asked, and the answer is 0: networks compare a number that is kept beside
+    their weights, such as a version, with their own. A question about anything else is an error of FakeTensor's.
     """
 
     def __init__(self, follow: bool = True) -> None:
         super().__init__()
         self.follow, self.part = follow, ""
+        self.buffers: set[int] = set()
         self.live = self.peak = 0
         self.peak_part = ""
         self.flops: dict[str, int] = {}
@@ -104,6 +107,8 @@ class Counter(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].untyped_storage()._cdata in self.buffers:
+            return False if args[0].dtype == torch.bool else 0
         out = func(*args, **(kwargs or {}))
         count = flops_of(func, args, kwargs or {}, out)
         if count:
@@ -303,8 +308,8 @@ class Cost:
 def costs(
     modality: Modality[Any], steps: Sequence[Sequence[Batch]], device: torch.device, precision: str
 ) -> list[Cost]:
-    """Of one update with the micro-batches of each element of `steps`. The update before the first has been made, so
-    that the optimizer's moments are there. Layer drop is off: every block is computed.
+    """Of one update with the micro-batches of each element of `steps`, when the optimizer's moments are there already.
+    Layer drop is off: every block is computed.
 
     Raises UserError where a part of the network asks for a value.
     """
@@ -322,9 +327,13 @@ def costs(
     with _quiet(), _same_random_state(), fakes.mode, counter:
         for tensor in _tensors(model):
             counter.add(tensor)
+        counter.buffers = {buffer.untyped_storage()._cdata for buffer in model.buffers()}
         updater = Updater(model.train(), config, device)
+        for parameter in updater.parameters:  # the first step makes the moments
+            parameter.grad = torch.empty_like(parameter)
+        updater.optimizer.step()
         with parts.watched(model, updater, counter.switch):
-            for number, batches in enumerate([made[0], *made]):
+            for number, batches in enumerate(made):
                 inputs = [tensor for batch in batches for tensor in batch.inputs.values()]
                 for tensor in inputs:
                     counter.add(tensor)
@@ -338,7 +347,7 @@ def costs(
                         f"plan does not compute ({str(error).splitlines()[0]})."
                     ) from error
                 found.append(Cost(dict(counter.flops), counter.peak, counter.peak_part))
-    return found[1:]
+    return found
 
 
 @contextmanager
@@ -376,12 +385,16 @@ def make_plan(modality: Modality[Any]) -> Plan:
     flops: dict[str, int] = {}
     for precision in dict.fromkeys(("fp32", "bf16", config.train.precision)):
         count = min(num_parts, 2)  # from the second on, the gradients of those before are there
-        steps = [[batch] * count, [half] * count, [typical]]
-        whole, part, usual = costs(modality, steps, device, precision)
+        steps = [[batch] * count, [half] * count]
+        if not flops and (middle != largest):
+            steps.append([typical])
+        whole, part, *usual = costs(modality, steps, device, precision)
         sizes = _size(largest), _size(_first_half(modality, dataset, largest))
         slope = (whole.peak - part.peak) / (sizes[0] - sizes[1]) if sizes[0] > sizes[1] else 0.0
         peaks[precision] = Peak(whole.peak, whole.peak_part, slope)
-        flops = flops or {name: value * num_parts for name, value in usual.flops.items()}
+        if not flops:
+            one, made = (usual[0], 1) if usual else (whole, count)
+            flops = {name: value * num_parts // made for name, value in one.flops.items()}
     return Plan(
         modality.name, config.preset, config.method, _name(device), dataset.describe(), weights_of(model),
         _tokens(batch), _size(largest), num_parts, flops, bytes_of(model), peaks, config.train.precision,
