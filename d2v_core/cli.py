@@ -20,7 +20,7 @@ HELP = f"""d2v {__version__}: data2vec for any modality
                                              score its frozen features: linear and nearest-neighbour classifiers
   d2v config modality=NAME [key=value ...]   print the resolved configuration, a sentence for each option
   d2v plan modality=NAME [key=value ...] [--json]
-                                             what a step would cost: parameters, FLOPs, memory, what fits; trains nothing
+                                             what a step would cost (parameters, FLOPs, memory) and what fits
   d2v profile modality=NAME [key=value ...] [steps=5] [out=FOLDER]
                                              where the time of a few real steps goes, and a trace for a browser
   d2v modalities                             what is installed, from which distribution

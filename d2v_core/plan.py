@@ -16,7 +16,7 @@ import dataclasses
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from d2v_core.config import RunConfig
 from d2v_core.contract import BadSample, Batch, Dataset, Masks, Modality
 from d2v_core.data2vec import Data2Vec
 from d2v_core.errors import UserError
-from d2v_core.loop import AUTOCAST, pick_device
+from d2v_core.loop import pick_device
 from d2v_core.trainer import Updater
 from d2v_core.transformer import Transformer
 
@@ -167,7 +167,9 @@ class _Fakes:
 
     def batch(self, batch: Batch) -> Batch:
         assert batch.masks is not None
-        masks = {f.name: value for f in dataclasses.fields(Masks) if (value := getattr(batch.masks, f.name)) is not None}
+        masks = {
+            f.name: value for f in dataclasses.fields(Masks) if (value := getattr(batch.masks, f.name)) is not None
+        }
         return dataclasses.replace(
             batch,
             inputs={name: self.like(value) for name, value in batch.inputs.items()},
@@ -368,7 +370,7 @@ def _same_random_state() -> Generator[None]:
 
 
 def make_plan(modality: Modality[Any]) -> Plan:
-    """Raises UserError where the stage is another than pre-training, the data cannot be read, or a part asks for values.
+    """Raises UserError where the stage is not pre-training, the data cannot be read, or a part asks for values.
 
     The largest micro-batch of the first epoch gives the memory. FLOPs are those of the middle one by size, times the
     number of micro-batches of a step.
@@ -401,6 +403,12 @@ def make_plan(modality: Modality[Any]) -> Plan:
         memory := memory_of(device),
         None if memory is None else suggest(modality, peaks[config.train.precision], largest, memory),
     )  # fmt: skip
+
+
+def planned_micro_batch(modality: Modality[Any]) -> Batch:
+    """The largest micro-batch of the first epoch, read and masked."""
+    dataset = modality.dataset("train")
+    return _read(modality, dataset, _chosen(modality, dataset)[0])
 
 
 def _chosen(modality: Modality[Any], dataset: Dataset[Any]) -> tuple[MicroBatch, MicroBatch, int]:

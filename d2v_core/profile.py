@@ -122,5 +122,8 @@ def profile(modality: Modality[Any], steps: int) -> str:
     lines.append(f"{'part':<20}{'ms a step':>12}{'share':>8}")
     lines += [f"{part:<20}{1000 * value / steps:>12.1f}{value / total:>8.1%}" for part, value in seconds.items()]
     lines.append(f"{'all':<20}{1000 * total / steps:>12.1f}{1:>8.1%}")
-    lines += ["", f"{amount / total:.3g} {modality.unit} per second. Trace: {trace} (chrome://tracing, ui.perfetto.dev)"]
+    lines += [
+        "",
+        f"{amount / total:.3g} {modality.unit} per second. Trace: {trace} (chrome://tracing, ui.perfetto.dev)",
+    ]
     return "\n".join(lines) + "\n"
