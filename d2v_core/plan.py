@@ -40,8 +40,8 @@ from d2v_core.loop import pick_device
 from d2v_core.trainer import Updater
 from d2v_core.transformer import Transformer
 
-# A prediction is within a tenth of what is measured (docs/performance.md), so that beyond this it cannot fit, and below
-# the inverse of it it can be relied on.
+# For what is not seen: beyond this much more than there is, a step cannot fit; and this much is left free of what is
+# suggested.
 MARGIN = 1.1
 
 # ----------------------------------------------------------------------------------------------------------- counting
@@ -177,7 +177,7 @@ class _Fakes:
         )
 
 
-# ------------------------------------------------------------------------------------------------------ one configuration
+# --------------------------------------------------------------------------------------------------- one configuration
 
 
 @dataclass(frozen=True)
