@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from d2v_core import parts, run
-from d2v_core.batching import MicroBatch, plan_epoch, read_micro_batch
+from d2v_core.batching import MicroBatch, checked_masking, plan_epoch, read_micro_batch
 from d2v_core.config import RunConfig
-from d2v_core.contract import BadSample, Batch, Dataset, Masks, Modality
+from d2v_core.contract import Batch, Dataset, Masks, Modality
 from d2v_core.data2vec import Data2Vec
 from d2v_core.errors import UserError
 from d2v_core.loop import pick_device
@@ -413,10 +413,8 @@ def planned_micro_batch(modality: Modality[Any]) -> Batch:
 
 def _chosen(modality: Modality[Any], dataset: Dataset[Any]) -> tuple[MicroBatch, MicroBatch, int]:
     """The largest and the middle micro-batch of the first epoch, and how many make a step."""
-    batching = modality.batching()
-    if len(dataset) == 0:
-        raise UserError("The data set is empty: nothing to train on.")
-    steps = plan_epoch(dataset.sizes, batching, modality.config.seed, 0)
+    checked_masking(modality, dataset)
+    steps = plan_epoch(dataset.sizes, modality.batching(), modality.config.seed, 0)
     ranked = sorted((micro for members in steps for micro in members), key=_size)
     return ranked[-1], ranked[len(ranked) // 2], max(len(members) for members in steps)
 
@@ -533,7 +531,7 @@ def refuse_impossible(modality: Modality[Any], dataset: Dataset[Any], device: to
     """Raises UserError where the largest micro-batch of the first epoch cannot fit. Reads one sample of it, and looks
     closer only where a rough guess from its tokens comes near the device's memory."""
     memory, config = memory_of(device), modality.config
-    if memory is None or len(dataset) == 0:
+    if memory is None:
         return
     largest, _, num_parts = _chosen(modality, dataset)
     if _rough_guess(modality, dataset, largest) < memory.total / 2:
@@ -567,11 +565,8 @@ def _rough_guess(modality: Modality[Any], dataset: Dataset[Any], micro: MicroBat
     """Bytes, meant to err high: four times what the blocks keep of each token in float32, and the weights."""
     model, copies = modality.config.model, modality.config.train.num_masks
     one = dataclasses.replace(micro, indices=micro.indices[:1])
-    try:
-        batch = read_micro_batch(modality, dataset, one, copies, modality.config.seed)
-    except BadSample:
-        return 0.0
-    if batch.masks is None:
+    batch = read_micro_batch(modality, dataset, one, copies, modality.config.seed)
+    if batch.masks is None:  # it cannot be read, which training will say
         return 0.0
     tokens = batch.masks.hidden.shape[2]
     kept = (8 + 4 * model.mlp_ratio) * model.embed_dim + 3 * model.num_heads * tokens
