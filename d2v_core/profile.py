@@ -77,7 +77,7 @@ def measure(modality: Modality[Any], steps: int, trace: Path) -> tuple[dict[str,
     )  # fmt: skip
     clock, amount = Clock(device), 0.0
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    profiler = torch.profiler.profile(activities=activities)
+    profiler = torch.profiler.profile(activities=activities, acc_events=True)
     batches = iter(loader)
     try:
         with parts.watched(model, updater, clock.switch):
