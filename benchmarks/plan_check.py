@@ -32,7 +32,7 @@ from d2v_core.plan import Counter, costs, planned_micro_batch
 from d2v_core.run import build_model
 from d2v_core.trainer import Updater
 
-SMALL = ("model.layer_drop=0", "train.num_threads=1")
+FIXED = ("model.layer_drop=0", "train.num_threads=1")
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "audio-1.0-tiny": ("modality=audio", "preset=tiny"),
     "audio-1.0-base": ("modality=audio", "preset=base", "data.batch_s=8", "data.micro_batch_s=8"),
@@ -47,7 +47,7 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
 
 def setup(words: list[str]) -> tuple[Any, Any]:
     """A modality and a micro-batch of it, which is then the whole step."""
-    config, kind = load_config([*words, *SMALL])
+    config, kind = load_config([*words, *FIXED])
     modality = kind(config)
     return modality, planned_micro_batch(modality)
 
@@ -77,8 +77,8 @@ def measured_peak(words: list[str]) -> int:
 
 
 def counted_flops(words: list[str]) -> int:
-    """Of a real step, in float32."""
-    modality, batch = setup([*words, "train.precision=fp32"])
+    """Of a real step, in the preset's precision, on which FLOPs do not depend."""
+    modality, batch = setup([word for word in words if not word.startswith("train.precision=")])
     device = torch.device(modality.config.train.device)
     model = build_model(modality).to(device).train()
     updater = Updater(model, modality.config, device)
