@@ -48,9 +48,12 @@ def watched(model: Data2Vec, optimizer_step: Any, switch: Callable[[str], None])
 
         return run
 
+    def tell(part: str) -> Callable[[Tensor], None]:
+        return lambda grad: switch(part)
+
     def on_gradient(x: Tensor, part: str) -> None:
         if x.requires_grad:
-            x.register_hook(lambda grad: switch(BACKWARD[part]))
+            x.register_hook(tell(BACKWARD[part]))  # pyright: ignore[reportUnknownMemberType]
 
     def after_embed(tokens: Tokens) -> None:
         on_gradient(tokens.x, FEATURES)

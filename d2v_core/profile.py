@@ -24,7 +24,7 @@ from d2v_core.transformer import Block
 LOADING, BACKWARD = "loading", "backward"
 WARM_UP = 2
 """Steps before the clock starts: they make the optimizer's state and fill the caches of kernels."""
-ORDER = (
+ORDER: tuple[str, ...] = (
     LOADING, parts.FEATURES, parts.TEACHER, parts.STUDENT, parts.PREDICTOR, parts.LOSS, BACKWARD, parts.OPTIMIZER,
     parts.TEACHER_UPDATE,
 )  # fmt: skip
@@ -70,7 +70,7 @@ def measure(modality: Modality[Any], steps: int, trace: Path) -> tuple[dict[str,
     if config.train.compile:  # as d2v_core.loop.Loop.fit does
         for module in model.modules():
             if isinstance(module, Block):
-                module.compile()
+                module.compile()  # pyright: ignore[reportUnknownMemberType]
     loader = StepLoader(
         modality, modality.dataset("train"), seed=config.seed, num_copies=config.train.num_masks,
         num_workers=config.train.num_workers, pin_memory=device.type == "cuda",

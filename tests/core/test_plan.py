@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from d2v_core import UserError, parts, plan, profile
+from d2v_core import UserError, counting, parts, plan, profile, run
+from d2v_core.contract import BadSample
 from d2v_core.run import build_model
 from d2v_core.trainer import Updater
 
@@ -26,7 +28,7 @@ def roomy(monkeypatch):
 def real_step(modality, count):
     batch = plan.planned_micro_batch(modality)
     updater = Updater(build_model(modality).train(), modality.config, torch.device("cpu"))
-    with plan.Counter() as counter, sdpa_kernel(SDPBackend.MATH):
+    with counting.Counter() as counter, sdpa_kernel(SDPBackend.MATH):
         updater.update(0, [batch] * count, modality.teacher_inputs)
     return batch, sum(counter.flops.values())
 
@@ -77,7 +79,7 @@ def test_memory_is_that_of_a_real_step(make):
     updater = Updater(model, modality.config, torch.device("cpu"))
     updater.update(0, [batch], modality.teacher_inputs)
     updater.optimizer.zero_grad(set_to_none=True)
-    with plan.Counter() as counter:
+    with counting.Counter() as counter:
         state = [v for one in updater.optimizer.state.values() for v in one.values()]
         for tensor in [*model.parameters(), *model.buffers(), *state, *batch.inputs.values()]:
             counter.add(tensor)
@@ -89,7 +91,7 @@ def test_more_masks_cost_the_student_alone(make):
     found = [plan.make_plan(make(*SMALL, f"train.num_masks={count}")) for count in (1, 3)]
     assert found[1].flops["teacher"] == found[0].flops["teacher"]
     assert found[1].flops["student"] == 3 * found[0].flops["student"]
-    assert found[1].peaks["fp32"].total > found[0].peaks["fp32"].total
+    assert found[1].peaks["fp32"].predicted > found[0].peaks["fp32"].predicted
     assert (found[1].micro_batch.samples, found[1].micro_batch.copies) == (found[0].micro_batch.samples, 3)
 
 
@@ -97,7 +99,7 @@ def test_a_plan_changes_no_random_number_and_computes_nothing(make):
     before = torch.get_rng_state()
     plan.make_plan(make(*SMALL))
     assert torch.equal(before, torch.get_rng_state())
-    model = plan.hollow_model(make(*SMALL))
+    model = counting.hollow_model(make(*SMALL))
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -105,45 +107,86 @@ def test_suggests_what_fits(make, monkeypatch):
     modality = make(*SMALL, "data.num_samples=400", "data.batch=4800", "data.micro_batch=4800", "data.min_size=24")
     monkeypatch.setattr(plan, "memory_of", lambda device: plan.Memory(1024 * MIB, 1024 * MIB))
     roomy = plan.make_plan(modality)
-    assert roomy.fits and roomy.suggestion == plan.Suggestion(4800, 1, ("data.micro_batch=4800",))
-    tight = round(roomy.peaks["fp32"].total * 0.5)
+    assert roomy.fits and roomy.suggestion == plan.Suggestion(4800, 1, "data.micro_batch=4800")
+    tight = round(roomy.peaks["fp32"].predicted * 0.5)
     monkeypatch.setattr(plan, "memory_of", lambda device: plan.Memory(tight, tight))
     made = plan.make_plan(modality)
     assert not made.fits and made.suggestion is not None and made.suggestion.accumulation > 1
-    (word,) = made.suggestion.words
+    word = made.suggestion.option
     small = plan.make_plan(make(*SMALL, "data.num_samples=400", "data.batch=4800", "data.min_size=24", word))
     assert small.fits and small.accumulation == made.suggestion.accumulation
-    with pytest.raises(UserError, match=rf"micro-batch of this run needs .*data.micro_batch={made.suggestion.size}"):
-        plan.refuse_impossible(modality, modality.dataset("train"), torch.device("cpu"))
 
 
-def test_a_run_that_cannot_fit_is_refused_before_its_first_step(d2v, monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "memory_of", lambda device: plan.Memory(MIB, MIB))
-    large = ("data.num_samples=80", "data.batch=960", "data.micro_batch=960")
-    status, text = d2v("run", "modality=toy", *SMALL, *large, f"out={tmp_path / 'run'}", "train.num_workers=0")
-    assert status == 2 and "A micro-batch of this run needs" in text
+LARGE = ("data.num_samples=80", "data.batch=960", "data.micro_batch=960", "train.num_workers=0")
+
+
+def needed(modality):
+    """Bytes that a step needs at least, by the plan."""
+    return plan.make_plan(modality).peaks["fp32"].tensors
+
+
+def with_memory(monkeypatch, total):
+    monkeypatch.setattr(plan, "memory_of", lambda device: plan.Memory(round(total), round(total)))
+    monkeypatch.setattr(plan, "CPU_FIXED", 0)  # which is more than all of these small networks
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_fits(d2v, make, monkeypatch, tmp_path):
+    bytes_needed = needed(make(*SMALL, *LARGE))
+    with_memory(monkeypatch, 0.7 * bytes_needed)
+    words = ("run", "modality=toy", *SMALL, *LARGE, "train.max_steps=1", f"out={tmp_path / 'run'}")
+    status, text = d2v(*words)
+    assert status == 2 and "A step of this run cannot fit" in text and "train.check_memory=false" in text
     assert not (tmp_path / "run" / "checkpoints").exists()
-    status, text = d2v("run", "modality=toy", "model.embed_dim=4096", "model.num_layers=900", "model.num_heads=4",
-                       "train.num_workers=0", f"out={tmp_path / 'other'}")  # fmt: skip
-    assert status == 2 and "This network cannot be trained" in text
+    hint = re.search(r"data\.micro_batch=\d+", text)[0]
+    smaller = [hint if word.startswith("data.micro_batch=") else word for word in words]
+    with_memory(monkeypatch, 0.7 * bytes_needed)
+    assert d2v(*smaller)[0] == 0
+    other = [word for word in words if not word.startswith("out=")]
+    assert d2v(*other, f"out={tmp_path / 'tried'}", "train.check_memory=false")[0] == 0
 
 
-def test_a_run_that_fits_is_not_looked_at_closely(make, roomy, monkeypatch):
-    def never(*args, **kwargs):
-        raise AssertionError("a plan was made")
+def test_a_run_that_just_fits_is_not_refused(make, monkeypatch):
+    """What is refused is what its tensors alone make impossible, neither more nor much less."""
+    modality = make(*SMALL, *LARGE, "data.min_size=24")
+    dataset, bytes_needed = modality.dataset("train"), needed(modality)
+    with_memory(monkeypatch, 1.01 * bytes_needed)
+    plan.refuse_micro_batch(modality, dataset, torch.device("cpu"))
+    with_memory(monkeypatch, 0.97 * bytes_needed)
+    with pytest.raises(UserError, match="cannot fit"):
+        plan.refuse_micro_batch(modality, dataset, torch.device("cpu"))
 
-    monkeypatch.setattr(plan, "costs", never)
+
+def test_a_network_that_cannot_fit_is_refused_before_it_is_made(d2v, monkeypatch, tmp_path):
+    def made(modality):
+        model = build_model(modality)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        return model
+
+    monkeypatch.setattr(run, "build_model", made)
+    with_memory(monkeypatch, MIB // 2)
+    status, text = d2v("run", "modality=toy", *SMALL, "train.num_workers=0", f"out={tmp_path / 'run'}")
+    assert status == 2 and "This network cannot be trained" in text and "take 1 MiB" in text
+
+
+def test_data_that_cannot_be_read_is_not_the_plans_affair(make, monkeypatch):
+    with_memory(monkeypatch, 1)
     modality = make(*SMALL)
-    plan.refuse_impossible(modality, modality.dataset("train"), torch.device("cpu"))
+    dataset = modality.dataset("train")
+
+    def unreadable(self, index):
+        raise BadSample("broken")
+
+    monkeypatch.setattr(type(dataset), "__getitem__", unreadable)
+    plan.refuse_micro_batch(modality, dataset, torch.device("cpu"))
 
 
 def test_the_command(d2v, roomy):
     status, text = d2v("plan", "modality=toy", *SMALL)
-    assert status == 0 and "FLOPs of a step" in text and "peak of a micro-batch" in text
+    assert status == 0 and "1e9 FLOPs" in text and "predicted" in text
     status, text = d2v("plan", "modality=toy", "--json", *SMALL)
     made = json.loads(text)
-    assert status == 0 and made["flops"]["total"] > 0 and made["peaks"]["bf16"]["total"] > 0 and made["fits"] is True
-    assert d2v("plan", "modality=toy", "stage=finetune", "from=x")[0] == 2
+    assert status == 0 and made["flops"]["total"] > 0 and made["peaks"]["bf16"]["tensors"] > 0 and made["fits"] is True
+    assert made["moved"]["total"] > made["bytes"]["weights"]
 
 
 def test_a_question_about_values_is_an_error(make, monkeypatch):
