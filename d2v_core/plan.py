@@ -29,7 +29,7 @@ from d2v_core.transformer import Transformer
 
 # Resident memory of a process on a CPU over the bytes of its tensors: the allocator cannot fill every gap, and kernels
 # keep something for themselves. Measured, as docs/performance.md says. A GPU's allocator is asked for what is counted.
-CPU_SHARE, CPU_FIXED = 1.15, 20 * 2**20
+CPU_SHARE, CPU_FIXED = 1.165, 22 * 2**20
 # Of what is free now, this much more than predicted has to be there for a micro-batch to be suggested.
 SPARE = 1.1
 
@@ -235,11 +235,11 @@ def make_plan(modality: Modality[Any]) -> Plan:
     smaller = [_first(modality, dataset, largest, number) for number in _fewer(len(largest.indices))]
     steps = [[_read(modality, dataset, micro)] * count for micro in (middle, *smaller, largest)]
     usual, *found = costs(modality, steps, device, config.train.precision)
-    curve = [(_size(micro), _peak(cost, device)) for micro, cost in zip([*smaller, largest], found, strict=True)]
+    curve = [(_size(micro), peak_of(cost, device)) for micro, cost in zip([*smaller, largest], found, strict=True)]
     peaks = {config.train.precision: curve[-1][1]}
     for precision in ("fp32", "bf16"):
         if precision not in peaks:
-            peaks[precision] = _peak(costs(modality, steps[-1:], device, precision)[0], device)
+            peaks[precision] = peak_of(costs(modality, steps[-1:], device, precision)[0], device)
     memory, model = memory_of(device), hollow_model(modality)
     return Plan(
         modality.name, config.preset, config.method, _name(device), dataset.describe(), weights_of(model),
@@ -251,15 +251,16 @@ def make_plan(modality: Modality[Any]) -> Plan:
     )  # fmt: skip
 
 
-def _peak(cost: Cost, device: torch.device) -> Peak:
+def peak_of(cost: Cost, device: torch.device) -> Peak:
     predicted = round(CPU_SHARE * cost.peak + CPU_FIXED) if device.type == "cpu" else cost.peak
     return Peak(cost.peak, predicted, cost.peak_part)
 
 
-def planned_micro_batch(modality: Modality[Any]) -> Batch:
-    """The largest micro-batch of the first epoch, read and masked."""
+def planned_micro_batch(modality: Modality[Any], count: int | None = None) -> Batch:
+    """The largest micro-batch of the first epoch, read and masked; count: only its first samples."""
     dataset = modality.dataset("train")
-    return _read(modality, dataset, _chosen(modality, dataset)[0])
+    largest = _chosen(modality, dataset)[0]
+    return _read(modality, dataset, largest if count is None else _first(modality, dataset, largest, count))
 
 
 def _chosen(modality: Modality[Any], dataset: Dataset[Any]) -> tuple[MicroBatch, MicroBatch, int]:
@@ -390,8 +391,8 @@ def refuse_micro_batch(modality: Modality[Any], dataset: Dataset[Any], device: t
         fewer = costs(modality, steps_of(counts), device, config.train.precision)
     except UserError:  # what is wrong with the data is said where they are used, and a plan is no condition of a run
         return
-    curve = [(count * largest.size, _peak(cost, device)) for count, cost in zip(counts, fewer, strict=True)]
-    hint = suggest(modality, [*curve, (_size(largest), _peak(whole, device))], largest.size, memory)
+    curve = [(count * largest.size, peak_of(cost, device)) for count, cost in zip(counts, fewer, strict=True)]
+    hint = suggest(modality, [*curve, (_size(largest), peak_of(whole, device))], largest.size, memory)
     raise UserError(
         f"A step of this run cannot fit on {_name(device)}: the tensors of its largest micro-batch take "
         f"{gib(whole.peak)}, and there are {gib(memory.total)} in all. "
