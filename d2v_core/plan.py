@@ -197,6 +197,9 @@ def costs(
         for parameter in updater.parameters:  # the first step makes the moments
             parameter.grad = torch.empty_like(parameter)
         updater.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        update_teacher = model.update_teacher
+        # Whether a step is applied is a question about its values: here every one is.
+        model.update_teacher = lambda decay, applied=None: update_teacher(decay)
         with parts.watched(model, updater, counter.switch):
             for number, batches in enumerate(made):
                 for tensor in (tensor for batch in batches for tensor in batch.inputs.values()):
