@@ -189,6 +189,26 @@ class _MicroBatches(_Reader):
         return self.policy(layouts, self.num_copies, [generator(self.seed, "mask", epoch, name) for name in ids])
 
 
+def read_micro_batch(
+    modality: Modality[Any], dataset: Dataset[Any], micro: MicroBatch, num_copies: int, seed: int
+) -> Batch:
+    """What a worker makes of one micro-batch, made here. Without masks where no sample of it can be read."""
+    return _MicroBatches(modality, dataset, checked_masking(modality, dataset), num_copies, seed)[micro]
+
+
+def checked_masking(modality: Modality[Any], dataset: Dataset[Any]) -> MaskingPolicy:
+    """Raises UserError where there is no sample, or batches or masks cannot be made."""
+    batching = modality.batching()
+    if len(dataset) == 0:
+        raise UserError("The data set is empty: nothing to train on.")
+    if batching.micro_batch < 1 or batching.batch < 1:
+        raise UserError(f"The batch must hold something, but its sizes are {batching}.")
+    try:
+        return modality.masking()
+    except ValueError as error:
+        raise UserError(f"This configuration cannot work: {error}") from error
+
+
 class _LabelledMicroBatches(_Reader):
     """For fine-tuning and scoring: read, augment and withhold while training, collate, add targets."""
 
@@ -285,15 +305,7 @@ class StepLoader(Steps):
         step: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        batching = modality.batching()
-        if len(dataset) == 0:
-            raise UserError("The data set is empty: nothing to train on.")
-        if batching.micro_batch < 1 or batching.batch < 1:
-            raise UserError(f"The batch must hold something, but its sizes are {batching}.")
-        try:
-            policy = modality.masking()
-        except ValueError as error:
-            raise UserError(f"This configuration cannot work: {error}") from error
+        policy, batching = checked_masking(modality, dataset), modality.batching()
         super().__init__(
             _MicroBatches(modality, dataset, policy, num_copies, seed),
             partial(plan_epoch, dataset.sizes, batching, seed),

@@ -21,6 +21,10 @@ HELP = f"""d2v {__version__}: data2vec for any modality
   d2v run stage=probe from=RUN data.path=LABELLED [...]
                                              score its frozen features: linear and nearest-neighbour classifiers
   d2v config modality=NAME [key=value ...]   print the resolved configuration, a sentence for each option
+  d2v plan modality=NAME [key=value ...] [--json]
+                                             what a step would cost (parameters, FLOPs, memory) and what fits
+  d2v profile modality=NAME [key=value ...] [steps=5] [out=FOLDER]
+                                             where the time of a few real steps goes, and a trace for a browser
   d2v modalities                             what is installed, from which distribution; imports none of it
   d2v plugins                                the same with verbs, each loaded to see whether it works
   d2v check NAME                             hold a modality to the contract, promise by promise
@@ -67,7 +71,7 @@ def _dispatch(words: list[str]) -> int:
     if verb in ("check", "new"):
         module = importlib.import_module("d2v_core.testing" if verb == "check" else "d2v_core.new")
         return int(module.main(rest))
-    if verb in ("run", "config") and {"-h", "--help"} & set(rest):
+    if verb in ("run", "config", "plan", "profile") and {"-h", "--help"} & set(rest):
         print(HELP, end="")
         return 0
     if verb == "config":
@@ -77,6 +81,10 @@ def _dispatch(words: list[str]) -> int:
         kind(config)  # what the modality refuses is refused here too
         print(config.to_yaml(comments=True), end="")
         return 0
+    if verb == "plan":
+        return _plan(rest)
+    if verb == "profile":
+        return _profile(rest)
     if verb == "run":
         return _run(rest)
     return _plugin_command(verb, rest)
@@ -137,15 +145,8 @@ def _trouble(load: Callable[[], Any]) -> str:
 
 def _plugin_command(verb: str, rest: Sequence[str]) -> int:
     """A verb that a plugin brings: `d2v.commands` names a function from arguments to an exit status."""
-    known = [
-        "run",
-        "config",
-        "modalities",
-        "plugins",
-        "check",
-        "new",
-        *(p.name for p in plugins.installed(plugins.COMMANDS)),
-    ]
+    own = ("run", "config", "plan", "profile", "modalities", "plugins", "check", "new")
+    known = [*own, *(p.name for p in plugins.installed(plugins.COMMANDS))]
     if verb not in known:
         import difflib
 
@@ -167,6 +168,36 @@ def _command(verb: str) -> Callable[[list[str]], int]:
         raise UserError(
             f"The command {verb!r} from {name} cannot be loaded ({entry.value}): {type(error).__name__}: {error}."
         ) from error
+
+
+def _plan(argv: Sequence[str]) -> int:
+    import json
+
+    from d2v_core.config import load_config
+
+    config, kind = load_config([word for word in argv if word != "--json"])
+    from d2v_core.plan import describe, make_plan
+
+    plan = make_plan(kind(config))
+    print(json.dumps(plan.to_dict(), indent=1) if "--json" in argv else describe(plan).rstrip())
+    return 0
+
+
+def _profile(argv: Sequence[str]) -> int:
+    from d2v_core.config import load_config
+
+    given = [word for word in argv if word.startswith("steps=")]
+    try:
+        steps = int(given[-1].partition("=")[2]) if given else 5
+    except ValueError:
+        steps = 0
+    if steps < 1:
+        raise UserError(f"{given[-1]} must be a whole number of at least 1.")
+    config, kind = load_config([word for word in argv if word not in given])
+    from d2v_core.profile import profile
+
+    print(profile(kind(config), steps), end="")
+    return 0
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -136,6 +136,7 @@ class TrainConfig:
     compile: bool = opt(False, "torch.compile the transformer blocks.")
     num_threads: int = opt(0, "CPU threads; 0 = torch's choice. Bits of a result depend on it.")
     num_workers: int = opt(1, "Processes that read and mask data; 0 = the training process itself.")
+    check_memory: bool = opt(True, "Refuse before the first step what cannot fit into the device's memory.")
     log_every: int = opt(10, "Steps between lines of metrics.jsonl.")
     checkpoint_every: int = opt(500, "Steps between checkpoints; one more is written at the end.")
     keep_checkpoints: int = opt(2, "Newest checkpoints kept; older ones are deleted.")

@@ -427,6 +427,11 @@ class Modality(ABC, Generic[SampleT]):
     @abstractmethod
     def batching(self) -> Batching: ...
 
+    def micro_batch_option(self, size: int) -> str:
+        """What the user types to have micro-batches of `size`, in the unit of `batching`; empty = no option."""
+        del size
+        return ""
+
     def prepare(self, sample: SampleT, size: int, rng: np.random.Generator) -> SampleT:
         """Crop and augment one sample, to at most `size` where the micro-batch is cropped."""
         del size, rng

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from d2v_core import checkpoint, probe, run
+from d2v_core import checkpoint, plan, probe, run
 from d2v_core.batching import StepLoader
 from d2v_core.config import RunConfig
 from d2v_core.contract import Batch
@@ -80,6 +80,7 @@ class Trainer(Loop[Data2Vec]):
     updater: Updater
 
     def build(self, fresh: bool) -> None:
+        plan.refuse_network(self.modality, self.device)
         self.model = run.build_model(self.modality)
         if self.config.from_run is not None and fresh:
             self._start_from(Path(self.config.from_run))
@@ -89,6 +90,7 @@ class Trainer(Loop[Data2Vec]):
     def open_data(self) -> None:
         self.dataset = self.modality.dataset("train")
         self.dataset_size, self.description = len(self.dataset), self.dataset.describe()
+        plan.refuse_micro_batch(self.modality, self.dataset, self.device)
 
     def steps(self) -> StepLoader:
         train = self.config.train

@@ -135,6 +135,9 @@ class AudioModality(Modality[AudioSample]):
         micro = data.micro_batch_s or data.batch_s
         return Batching(round(data.batch_s * rate), round(micro * rate), round(data.max_s * rate), data.crop)
 
+    def micro_batch_option(self, size: int) -> str:
+        return f"data.micro_batch_s={size / self.data.sample_rate:.6g}"
+
     def prepare(self, sample: AudioSample, size: int, rng: np.random.Generator) -> AudioSample:
         """A random stretch of `size` samples of a longer clip, ends included."""
         return _cropped(sample, size, rng)

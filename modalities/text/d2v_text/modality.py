@@ -231,6 +231,9 @@ class TextModality(Modality[Sample]):
         data = self.data
         return Batching(data.batch_tokens, data.micro_batch_tokens or data.batch_tokens, data.block_tokens)
 
+    def micro_batch_option(self, size: int) -> str:
+        return f"data.micro_batch_tokens={size}"
+
     def layout(self, sample: Sample) -> Layout:
         return Layout((len(sample),))
 

@@ -100,6 +100,9 @@ class VisionModality(Modality[ImageSample]):
     def batching(self) -> Batching:
         return Batching(self.data.batch, self.data.micro_batch or self.data.batch, max_size=1)
 
+    def micro_batch_option(self, size: int) -> str:
+        return f"data.micro_batch={size}"
+
     def prepare(self, sample: ImageSample, size: int, rng: np.random.Generator) -> ImageSample:
         return ImageSample(augment(sample.pixels, self.data, rng))
 

@@ -206,6 +206,9 @@ class ToyModality(Modality[np.ndarray]):
     def batching(self) -> Batching:
         return Batching(self.data.batch, self.data.micro_batch, self.data.max_size, self.data.crop)
 
+    def micro_batch_option(self, size: int) -> str:
+        return f"data.micro_batch={size}"
+
     def prepare(self, sample: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         start = int(rng.integers(max(len(sample) - size, 0) + 1))
         return sample[start : start + size]
