@@ -45,12 +45,14 @@ from d2v_core.scores import score_all
 
 @dataclass(frozen=True)
 class Cell:
-    """One result. words: of `d2v run`; do: instead of the command, a function from those words and the run's folder."""
+    """One result. words: of `d2v run`; do: instead of the command, a function from those words and the run's folder.
+    verb: what the words are of, where they are not quite the command's."""
 
     name: str
     seed: int
     words: tuple[str, ...]
     do: Callable[[Sequence[str], Path], Mapping[str, Any]] | None = None
+    verb: str = "d2v run"
 
 
 # ------------------------------------------------------------------------------------------------------- baselines
@@ -156,7 +158,7 @@ def vision_cells(data: Path, out: Path, seeds: Sequence[int], more: Sequence[str
             cells.append(Cell(f"pretrained, {labels}", seed, words))
             cells.append(Cell(f"untrained, {labels}", seed, (*words, "finetune.weights=untrained")))
             baseline = (*words, "optim.lr=2e-3", "finetune.ema_decay=null", "finetune.layer_decay=1")
-            cells.append(Cell(f"ResNet-20, {labels}", seed, baseline, resnet20))
+            cells.append(Cell(f"ResNet-20, {labels}", seed, baseline, resnet20, "baseline"))
     return cells
 
 
@@ -181,7 +183,7 @@ def text_cells(corpus: Path, glue: Path, out: Path, seeds: Sequence[int], more: 
             name = f"{task}, {labels or 'all'}"
             cells.append(Cell(f"pretrained, {name}", seed, words))
             cells.append(Cell(f"untrained, {name}", seed, (*words, "finetune.weights=untrained")))
-            cells.append(Cell(f"TF-IDF, {name}", seed, words, tfidf))
+            cells.append(Cell(f"TF-IDF, {name}", seed, words, tfidf, "baseline"))
     return cells
 
 
@@ -210,9 +212,8 @@ def run_cell(cell: Cell, out: Path, results: Path, places: Mapping[str, str]) ->
         summary = json.loads((folder / "summary.json").read_text())
     summary.pop("train", None)  # the list of ids, which stays in the run folder
     results.mkdir(parents=True, exist_ok=True)
-    verb = "d2v run" if cell.do is None else "baseline"
     result = {
-        "cell": cell.name, "seed": cell.seed, "command": " ".join([verb, *words]),
+        "cell": cell.name, "seed": cell.seed, "command": " ".join([cell.verb, *words]),
         "cpu_seconds": round(_cpu_seconds() - cpu, 1), "wall_seconds": round(time.perf_counter() - started, 1),
         "date": time.strftime("%Y-%m-%d"), "machine": machine(), "summary": summary,
     }  # fmt: skip

@@ -53,7 +53,7 @@ class Prober:
         self.console.print(escape(split.description), soft_wrap=True, highlight=False)
         assert self.config.from_run is not None
         rows: list[dict[str, Any]] = []
-        for name, encode in self._systems(task.input_name, task.input_features):
+        for name, encode in self.systems(task.input_name, task.input_features):
             parts = {"train": split.train, "dev": split.dev, **({} if task.test is None else {"test": task.test})}
             rows += self._score(name, {key: self._features(part, encode) for key, part in parts.items()}, task)
         write_json(self.out / "summary.json", {
@@ -66,7 +66,8 @@ class Prober:
         self.console.print(f"Written to {escape(str(self.out / 'summary.json'))}", soft_wrap=True, highlight=False)
         return 0
 
-    def _systems(self, input_name: str, input_features: Any) -> list[tuple[str, Encode]]:
+    def systems(self, input_name: str, input_features: Any) -> list[tuple[str, Encode]]:
+        """What is scored, by the name of its rows; input_features None = no row for the raw input."""
         source = self.config.from_run
         assert source is not None
         systems: list[tuple[str, Encode]] = []

@@ -31,6 +31,7 @@ SHORT = {
 IMAGES = {
     **SHORT,
     "modality": "vision",
+    "preset": "tiny1",
     "model.embed_dim": "16",
     "model.num_layers": "2",
     "model.num_heads": "2",

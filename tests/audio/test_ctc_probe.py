@@ -126,6 +126,8 @@ def test_the_verb(probe: Verb, place: Path) -> None:
     assert again["utterances"]["train"] < 8
     assert probe(*words, "out=third.json")[0] == 0
     assert json.loads((place / "third.json").read_text())["rows"] == result["rows"]
+    assert probe(*words, "out=alone.json", "baselines=false")[0] == 0
+    assert json.loads((place / "alone.json").read_text())["rows"] == result["rows"][:1]
 
 
 def test_help(probe: Verb) -> None:

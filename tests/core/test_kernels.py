@@ -125,14 +125,17 @@ def near(ours, theirs):
 
 
 @needs_bf16
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention(kind, monkeypatch):
-    """A dropout rate so low that it rounds to none takes the fast form, and the result is torch's."""
+def test_attention(kind, dropout, monkeypatch):
+    """A short sequence, and a dropout rate so low that it rounds to none, take the fast form: the result is torch's."""
+    if dropout:
+        monkeypatch.setattr(kernels, "SHORT", 0)
     inputs, bias, mask, grad = attention_case(kind, torch.bfloat16)
     used = []
     apply = kernels._Attention.apply
     monkeypatch.setattr(kernels._Attention, "apply", lambda *args: used.append(1) or apply(*args))
-    ours = gradients(kernels.attention(*inputs, mask(), 1e-9), inputs, bias, grad)
+    ours = gradients(kernels.attention(*inputs, mask(), dropout), inputs, bias, grad)
     assert used
     exact = [x.detach().float().requires_grad_() for x in inputs]
     near(ours, gradients(F.scaled_dot_product_attention(*exact, attn_mask=mask()), exact, bias, grad))
@@ -172,11 +175,15 @@ def test_dropout_bits():
 
 
 @pytest.mark.parametrize("dtype, kind", [(torch.float32, "bias"), (torch.bfloat16, "padding")])
-def test_attention_elsewhere_is_torch_own(dtype, kind):
-    """In fp32, and in bf16 without dropout or a learned bias."""
+def test_attention_elsewhere_is_torch_own(dtype, kind, monkeypatch):
+    """In fp32; in bf16 without dropout or a learned bias, if the sequence is long or no gradients are asked for."""
+    monkeypatch.setattr(kernels, "SHORT_PER_CHANNEL", 2)  # 32 keys where there are 37
     inputs, _, mask, _ = attention_case(kind, dtype)
     expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask())
     assert torch.equal(kernels.attention(*inputs, mask(), 0.0), expected)
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert torch.equal(kernels.attention(*inputs, mask(), 0.0), expected)
 
 
 @needs_bf16

@@ -64,7 +64,7 @@ def test_every_preset_takes_steps(preset: str) -> None:
 
 
 def test_a_batch_does_not_depend_on_the_loader() -> None:
-    made = modality("preset=tiny", *SMALL)
+    made = modality("preset=tiny1", *SMALL)
     dataset = made.dataset("train")
     plain, workers = (next(iter(StepLoader(made, dataset, seed=3, num_workers=number)))[2] for number in (0, 1))
     for a, b in zip(plain, workers, strict=True):
@@ -74,7 +74,7 @@ def test_a_batch_does_not_depend_on_the_loader() -> None:
 
 
 def test_tokens_agree_with_the_layout() -> None:
-    made = modality("preset=tiny", *SMALL)
+    made = modality("preset=tiny1", *SMALL)
     sample = made.prepare(made.dataset("train")[0], 1, np.random.default_rng(0))
     tokens = made.feature_encoder().embed(made.collate([sample]))
     assert tokens.x.shape == (1, made.layout(sample).num_tokens, 16)
@@ -100,12 +100,12 @@ def test_tokens_agree_with_the_layout() -> None:
 )
 def test_what_cannot_work_is_named(words: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        modality("preset=tiny", *words)
+        modality("preset=tiny1", *words)
     assert message in str(caught.value)
 
 
 def test_fairseq_s_port_is_a_matter_of_options() -> None:
-    made = modality("preset=tiny", *SMALL, "features.teacher=share", "features.head=identity")
+    made = modality("preset=tiny1", *SMALL, "features.teacher=share", "features.head=identity")
     model = build_model(made)
     assert isinstance(model.predictor, IdentityPredictor) and not list(model.predictor.parameters())
     assert model.teacher.shares("encoder.embedding")
@@ -128,7 +128,7 @@ def test_the_door_imports_without_torch() -> None:
 
 def test_the_probe_is_of_pictures_that_no_run_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "PROBE_COUNTS", {"train": 20, "dev": 10, "test": 10})
-    made = modality("preset=tiny", *SMALL)
+    made = modality("preset=tiny1", *SMALL)
     task = made.probe()
     assert task is not None and task.num_classes == 10 and task.input_features is not None
     inputs, label = task.train[13]

@@ -46,6 +46,7 @@ class CTCProbeConfig:
     batch: int = opt(16, "Utterances per update.")
     lr: float = opt(1e-2, "Peak learning rate of Adam; falls linearly to 0.")
     seed: int = opt(0, "Of the subset and of the order.")
+    baselines: bool = opt(True, "Score the untrained network and the log-mel input too.")
     out: str | None = opt(None, "Result file; null = ctc_probe.json in the run folder.")
 
 
@@ -109,7 +110,7 @@ def ctc_probe(run: Path, config: CTCProbeConfig) -> dict[str, Any]:
     from d2v_audio.modality import AudioModality
     from d2v_core.run import LoadedRun
 
-    pretrained, untrained = d2v_core.load(run), d2v_core.load(run, untrained=True)
+    pretrained = d2v_core.load(run)
     modality = pretrained.modality
     if not isinstance(modality, AudioModality):
         raise UserError(f"{run} is a run of modality {modality.name!r}; ctc-probe needs audio.")
@@ -117,11 +118,10 @@ def ctc_probe(run: Path, config: CTCProbeConfig) -> dict[str, Any]:
     if config.minutes is not None:
         parts["train"] = _subset(parts["train"], config.minutes, modality.data.sample_rate, config.seed)
     alphabet = sorted({letter for _, text in parts["train"] for letter in text})
-    systems: dict[str, Encode] = {
-        "pretrained": pretrained.encode,
-        "untrained": untrained.encode,
-        "log-mel input": lambda inputs: [input_bands(modality, inputs)],
-    }
+    systems: dict[str, Encode] = {"pretrained": pretrained.encode}
+    if config.baselines:
+        systems["untrained"] = d2v_core.load(run, untrained=True).encode
+        systems["log-mel input"] = lambda inputs: [input_bands(modality, inputs)]
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
     for system, encode in systems.items():
