@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from einops import rearrange, repeat
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig, opt
 from d2v_core.contract import AttentionBias, FeatureEncoder, Masks, Tokens
-from d2v_core.kernels import Linear, conv1d_time_major
+from d2v_core.kernels import Linear, conv1d_time_major, norm_gelu_conv1d
 from d2v_core.positions import ConvPositions, ConvPositionsConfig
 from d2v_core.visible import Alibi, AlibiConfig, Prenet, PrenetConfig, take_visible, take_visible_padding
 
@@ -70,14 +71,14 @@ class WaveformEmbedding(nn.Module):
         """(B, S) -> (B, T, C)."""
         x = waveform.unsqueeze(2)
         for i, (conv, stride) in enumerate(zip(self.convs, self.geometry.strides, strict=True)):
-            bias = conv.get_parameter("bias") if self.bias else None
-            x = conv1d_time_major(x, conv.get_parameter("weight"), bias, stride)
-            if self.layer_norms:
-                x = self.norms[i](x)
-            elif i == 0:
+            weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias") if self.bias else None
+            if i and self.layer_norms:
+                x = norm_gelu_conv1d(x, cast("nn.LayerNorm", self.norms[i - 1]), weight, bias, stride)
+            else:
+                x = conv1d_time_major(F.gelu(x) if i else x, weight, bias, stride)
+            if i == 0 and not self.layer_norms:
                 x = self.norms[0](x.transpose(1, 2)).transpose(1, 2)
-            x = F.gelu(x)
-        return x
+        return F.gelu(self.norms[-1](x) if self.layer_norms else x)
 
     def forward(self, waveform: Tensor, num_samples: Tensor | None) -> Tokens:
         if self.grad_mult == 0:
