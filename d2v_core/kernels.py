@@ -329,52 +329,122 @@ class _Conv1dTimeMajor(torch.autograd.Function):
         return dx, dw, grad.sum((0, 1)) if ctx.has_bias else None, None
 
 
-def _norm_grads(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a layer norm's scale and shift, float32, from half-precision (B, T, C). May overwrite `grad`.
+def _norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a layer norm's input (B, T, C), scale and shift; the latter two in float32. May overwrite `grad`.
 
-    torch's kernel adds up in half precision: over 25,599 tokens in bf16 it was off by 17 % and 36 %. Sums that a matrix
-    product takes are in float32.
+    In half precision torch's kernel adds up in half precision: over 25,599 tokens in bf16 its gradients of scale and
+    shift were off by 17 % and 36 %. Sums that a matrix product takes are in float32.
     """
+    exact = x.dtype == torch.float32
+    dx, dscale, dshift = torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[-1:], mean, rstd, scale, shift, [True, exact, exact]
+    )
+    if exact:
+        return dx, dscale, dshift
     g = grad.flatten(0, 1)
     ones = torch.ones(1, len(g), dtype=g.dtype)
     dshift = ones @ g
     g = g.mul_(rstd.view(-1, 1).to(g.dtype))
     of_mean = mean.view(1, -1).to(g.dtype) @ g
     dscale = (ones @ g.mul_(x.flatten(0, 1))).float() - of_mean.float()
-    return dscale[0], dshift[0].float()
+    return dx, dscale[0], dshift[0].float()
+
+
+PIECE = 4096
+"""Outputs that `_NormGeluConv1d` works on at once, so that what is in between stays small."""
+
+
+def _from_signal(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """A convolution of few channels, by torch's own for images; the strides say channels-last."""
+    y = F.conv2d(x.unsqueeze(1).permute(0, 3, 1, 2), weight.unsqueeze(2), bias, (1, stride))
+    return y.permute(0, 2, 3, 1).squeeze(1)
 
 
 class _NormGeluConv1d(torch.autograd.Function):
-    """Keeps what the norm is given and computes norm and GELU again: a third of what there would be to keep."""
+    """Keeps what the norm is given and computes norm and GELU again: a third of what there would be to keep. With the
+    convolution of a signal in front (`raw`) it keeps the signal alone, from which the largest tensor of all is soon
+    made again."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor | None, stride: int
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale, shift, weight)
-        ctx.eps, ctx.stride, ctx.has_bias = eps, stride, bias is not None
-        normed = F.layer_norm(x, x.shape[-1:], scale, shift, eps)
-        return _convolved(torch.ops.aten.gelu_(normed), weight, bias, stride)
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor | None, stride: int,
+        raw: Tensor | None, raw_bias: Tensor | None, raw_stride: int,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, scale, shift, weight, raw, raw_bias)
+        ctx.eps, ctx.stride, ctx.has_bias, ctx.raw_stride = eps, stride, bias is not None, raw_stride
+        length = x.shape[1] if raw is None else (x.shape[1] - raw.shape[2]) // raw_stride + 1
+        num_out = (length - weight.shape[2]) // stride + 1
+        y = x.new_empty(x.shape[0], num_out, weight.shape[0])
+        for first, last, seen in _pieces(num_out, weight.shape[2], stride):
+            inputs = (
+                x[:, seen] if raw is None else _from_signal(_part(x, seen, raw, raw_stride), raw, raw_bias, raw_stride)
+            )
+            normed = F.layer_norm(inputs, inputs.shape[-1:], scale, shift, eps)
+            y[:, first:last] = _convolved(torch.ops.aten.gelu_(normed), weight, bias, stride)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, scale, shift, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        normed, mean, rstd = torch.ops.aten.native_layer_norm(x, x.shape[-1:], scale, shift, ctx.eps)
-        dw = _weight_grad(grad, F.gelu(normed), weight, ctx.stride)
-        dnormed = _input_grad(grad, weight, x.shape[1], ctx.stride)
-        dnormed = torch.ops.aten.gelu_backward.grad_input(dnormed, normed, grad_input=dnormed)
-        del normed
-        exact = x.dtype == torch.float32
-        dx, dscale, dshift = torch.ops.aten.native_layer_norm_backward(
-            dnormed, x, x.shape[-1:], mean, rstd, scale, shift, [True, exact, exact]
-        )
-        if not exact:
-            dscale, dshift = _norm_grads(dnormed, x, mean, rstd)
-        return dx, dscale, dshift, None, dw, grad.sum((0, 1)) if ctx.has_bias else None, None
+        x, scale, shift, weight, raw, raw_bias = ctx.saved_tensors
+        stride, raw_stride = ctx.stride, ctx.raw_stride
+        dw, dscale, dshift = (torch.zeros_like(z, dtype=torch.float32) for z in (weight, scale, shift))
+        dx = torch.zeros_like(x) if raw is None else None
+        draw = None if raw is None else torch.zeros_like(raw, dtype=torch.float32)
+        draw_bias = None if raw_bias is None else torch.zeros_like(raw_bias, dtype=torch.float32)
+        late: Tensor | None = None  # what a piece gives to inputs that the next one sees too
+        for first, last, seen in _pieces(grad.shape[1], weight.shape[2], stride):
+            signal = x[:, seen] if raw is None else _part(x, seen, raw, raw_stride)
+            inputs = signal.contiguous() if raw is None else _from_signal(signal, raw, raw_bias, raw_stride)
+            g = grad[:, first:last].contiguous()
+            normed, mean, rstd = torch.ops.aten.native_layer_norm(inputs, inputs.shape[-1:], scale, shift, ctx.eps)
+            dw += _weight_grad(g, F.gelu(normed), weight, stride)
+            d = _input_grad(g, weight, inputs.shape[1], stride)
+            if late is not None:
+                d[:, : late.shape[1]] += late
+            done = inputs.shape[1] if last == grad.shape[1] else (last - first) * stride
+            late = d[:, done:].clone()
+            d, inputs, normed, mean, rstd = (z[:, :done].contiguous() for z in (d, inputs, normed, mean, rstd))
+            d = torch.ops.aten.gelu_backward.grad_input(d, normed, grad_input=d)
+            d, of_scale, of_shift = _norm_backward(d, inputs, mean, rstd, scale, shift)
+            dscale += of_scale
+            dshift += of_shift
+            if dx is not None:
+                dx[:, seen.start : seen.start + done] = d
+            elif draw is not None:
+                places = slice(seen.start, seen.start + done)
+                of_raw = _signal_grad(d, _part(x, places, raw, raw_stride), raw, raw_stride)
+                draw += of_raw
+                if draw_bias is not None:
+                    draw_bias += d.sum((0, 1))
+        if draw is not None:
+            draw = draw.to(raw.dtype)
+        dbias = grad.sum((0, 1)) if ctx.has_bias else None
+        draw_bias = None if draw_bias is None else draw_bias.to(raw_bias.dtype)
+        return dx, dscale, dshift, None, dw.to(weight.dtype), dbias, None, draw, draw_bias, None
+
+
+def _part(x: Tensor, seen: slice, weight: Tensor, stride: int) -> Tensor:
+    """What the outputs `seen` of a convolution are made from."""
+    return x[:, seen.start * stride : (seen.stop - 1) * stride + weight.shape[2]]
+
+
+def _signal_grad(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Gradient of `_from_signal`'s weight."""
+    return torch.ops.aten.convolution_backward(
+        grad.unsqueeze(1).permute(0, 3, 1, 2), x.unsqueeze(1).permute(0, 3, 1, 2), weight.unsqueeze(2), None,
+        (1, stride), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False),
+    )[1].squeeze(2)  # fmt: skip
+
+
+def _pieces(num_out: int, kernel: int, stride: int) -> list[tuple[int, int, slice]]:
+    """(first output, last output + 1, the inputs that they see) of each piece of a convolution."""
+    ends = [(first, min(first + PIECE, num_out)) for first in range(0, num_out, PIECE)]
+    return [(first, last, slice(first * stride, (last - 1) * stride + kernel)) for first, last in ends]
 
 
 def _input_grad(grad: Tensor, weight: Tensor, length: int, stride: int) -> Tensor:
@@ -400,26 +470,34 @@ def conv1d_time_major(x: Tensor, weight: Tensor, bias: Tensor | None = None, str
     """F.conv1d of (B, T, C) with (O, C, K), to (B, T', O): no padding, no groups."""
     if _is_plain():
         return F.conv1d(x.transpose(1, 2), weight, bias, stride).transpose(1, 2)
-    if x.shape[2] * weight.shape[2] <= 64:  # a raw signal: no product worth its name; the strides say channels-last
-        y = F.conv2d(x.unsqueeze(1).permute(0, 3, 1, 2), weight.unsqueeze(2), bias, (1, stride))
-        return y.permute(0, 2, 3, 1).squeeze(1)
+    if x.shape[2] * weight.shape[2] <= 64:  # a raw signal: no product worth its name
+        return _from_signal(x, weight, bias, stride)
     x_, weight_, bias_ = _autocast(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return cast(Tensor, _Conv1dTimeMajor.apply(x_, weight_, bias_, stride))  # pyright: ignore[reportUnknownMemberType]
 
 
-def norm_gelu_conv1d(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """conv1d_time_major(F.gelu(norm(x)), weight, bias, stride), on a CPU with a third to keep for the backward pass."""
+Convolution = tuple[Tensor, Tensor | None, int]
+"""Weight (O, C, K), bias and stride."""
+
+
+def norm_gelu_conv1d(x: Tensor, norm: nn.LayerNorm, conv: Convolution, raw: Convolution | None = None) -> Tensor:
+    """conv1d_time_major(F.gelu(norm(x)), *conv), on a CPU with a third to keep for the backward pass.
+
+    raw: a convolution that comes first, of a signal x (B, S, C) that needs no gradient.
+    """
     if _is_plain() or x.device.type != "cpu":
-        return conv1d_time_major(F.gelu(norm(x)), weight, bias, stride)
-    x_, weight_, bias_ = _autocast(x, weight, bias)
+        return conv1d_time_major(F.gelu(norm(x if raw is None else conv1d_time_major(x, *raw))), *conv)
+    x_, weight, bias = _autocast(x, conv[0], conv[1])
+    raw_weight, raw_bias = (None, None) if raw is None else _autocast(raw[0], raw[1])
     with torch.autocast("cpu", enabled=False):
         return cast(
             Tensor,
             _NormGeluConv1d.apply(  # pyright: ignore[reportUnknownMemberType]
-                x_, norm.weight, norm.bias, norm.eps, weight_, bias_, stride
+                x_, norm.weight, norm.bias, norm.eps, weight, bias, conv[2],
+                raw_weight, raw_bias, 1 if raw is None else raw[2],
             ),
-        )
+        )  # fmt: skip
 
 
 def _windows(x: Tensor, kernel: int, left: int, groups: int) -> Tensor:

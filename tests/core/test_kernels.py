@@ -226,23 +226,40 @@ def test_gelu_and_linear_map(onednn, autocast):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, length, kernel, stride", [(1, 65, 3, 2), (3, 66, 2, 2), (2, 51, 7, 3), (1, 8001, 2, 2)])
-def test_norm_gelu_and_convolution(onednn, dtype, rows, length, kernel, stride):
-    """Values and all gradients, those of the norm included, are those of torch in fp32, also over many tokens."""
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("rows, length, kernel, stride", [(1, 65, 3, 2), (3, 66, 2, 2), (2, 51, 7, 3), (2, 1500, 3, 2)])
+def test_norm_gelu_and_convolution(onednn, monkeypatch, dtype, raw, rows, length, kernel, stride):
+    """Values and all gradients, those of the norm included, are those of torch in fp32; in pieces or in one."""
+    monkeypatch.setattr(kernels, "PIECE", 100)
     torch.manual_seed(0)
     norm = torch.nn.LayerNorm(32)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
-    x = torch.randn(rows, length, 32).to(dtype).requires_grad_()
     w, b = torch.randn(24, 32, kernel, requires_grad=True), torch.randn(24, requires_grad=True)
-    exact = x.detach().float().requires_grad_()
+    front = (torch.randn(32, 1, 10, requires_grad=True), torch.randn(32, requires_grad=True), 5) if raw else None
+    x = torch.randn(rows, 5 * length + 7, 1) if raw else torch.randn(rows, length, 32)
+    x = x.to(dtype).requires_grad_(not raw)
+    exact = x.detach().float().requires_grad_(not raw)
     with kernels.plain():
-        theirs = kernels.norm_gelu_conv1d(exact, norm, w, b, stride)
+        theirs = kernels.norm_gelu_conv1d(exact, norm, (w, b, stride), front)
     grad = (torch.randn(theirs.shape) + 0.1).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        ours = kernels.norm_gelu_conv1d(x, norm, w, b, stride)
+        ours = kernels.norm_gelu_conv1d(x, norm, (w, b, stride), front)
     assert ours.dtype == dtype
-    wanted = [norm.weight, norm.bias, w, b]
-    found = [ours, *torch.autograd.grad(ours, [x, *wanted], grad)]
-    near([y.float() for y in found], [theirs, *torch.autograd.grad(theirs, [exact, *wanted], grad.float())],
-         1e-5 if dtype == torch.float32 else 0.02)  # fmt: skip
+    wanted = [norm.weight, norm.bias, w, b, *(front or ())[:2]]
+    found = [ours, *torch.autograd.grad(ours, [*([] if raw else [x]), *wanted], grad)]
+    expected = [theirs, *torch.autograd.grad(theirs, [*([] if raw else [exact]), *wanted], grad.float())]
+    near([y.float() for y in found], expected, 1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_gradients_of_a_norm_in_bf16_over_many_tokens():
+    """Where torch's own are off by a tenth and more."""
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(64)
+    x, g = torch.randn(1, 20000, 64).bfloat16(), (torch.randn(1, 20000, 64) + 0.05).bfloat16()
+    of = torch.ops.aten.native_layer_norm
+    _, mean, rstd = of(x, (64,), norm.weight, norm.bias, 1e-5)
+    ours = kernels._norm_backward(g.clone(), x, mean, rstd, norm.weight, norm.bias)
+    _, mean, rstd = of(x.float(), (64,), norm.weight, norm.bias, 1e-5)
+    theirs = kernels._norm_backward(g.float(), x.float(), mean, rstd, norm.weight, norm.bias)
+    near([y.float() for y in ours], theirs, 0.01)

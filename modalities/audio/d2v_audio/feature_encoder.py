@@ -70,15 +70,19 @@ class WaveformEmbedding(nn.Module):
     def convolve(self, waveform: Tensor) -> Tensor:
         """(B, S) -> (B, T, C)."""
         x = waveform.unsqueeze(2)
-        for i, (conv, stride) in enumerate(zip(self.convs, self.geometry.strides, strict=True)):
-            weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias") if self.bias else None
-            if i and self.layer_norms:
-                x = norm_gelu_conv1d(x, cast("nn.LayerNorm", self.norms[i - 1]), weight, bias, stride)
-            else:
-                x = conv1d_time_major(F.gelu(x) if i else x, weight, bias, stride)
-            if i == 0 and not self.layer_norms:
-                x = self.norms[0](x.transpose(1, 2)).transpose(1, 2)
-        return F.gelu(self.norms[-1](x) if self.layer_norms else x)
+        weights = [conv.get_parameter("weight") for conv in self.convs]
+        biases = [conv.get_parameter("bias") if self.bias else None for conv in self.convs]
+        convs = list(zip(weights, biases, self.geometry.strides, strict=True))
+        if not self.layer_norms:
+            for i, conv in enumerate(convs):
+                x = conv1d_time_major(x, *conv)
+                x = F.gelu(x if i else self.norms[0](x.transpose(1, 2)).transpose(1, 2))
+            return x
+        if len(convs) == 1:
+            x = conv1d_time_major(x, *convs[0])
+        for i, (conv, norm) in enumerate(zip(convs[1:], self.norms, strict=False)):
+            x = norm_gelu_conv1d(x, cast("nn.LayerNorm", norm), conv, None if i else convs[0])
+        return F.gelu(self.norms[-1](x))
 
     def forward(self, waveform: Tensor, num_samples: Tensor | None) -> Tokens:
         if self.grad_mult == 0:
