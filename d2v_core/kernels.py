@@ -376,6 +376,8 @@ class _NormGeluConv1d(torch.autograd.Function):
         ctx.eps, ctx.stride, ctx.has_bias, ctx.raw_stride = eps, stride, bias is not None, raw_stride
         length = x.shape[1] if raw is None else (x.shape[1] - raw.shape[2]) // raw_stride + 1
         num_out = (length - weight.shape[2]) // stride + 1
+        if num_out < 1:
+            raise RuntimeError(f"Kernel size {weight.shape[2]} can't be greater than the input's {length} tokens")
         y = x.new_empty(x.shape[0], num_out, weight.shape[0])
         for first, last, seen in _pieces(num_out, weight.shape[2], stride):
             inputs = (
@@ -413,18 +415,18 @@ class _NormGeluConv1d(torch.autograd.Function):
             d, of_scale, of_shift = _norm_backward(d, inputs, mean, rstd, scale, shift)
             dscale += of_scale
             dshift += of_shift
+            places = slice(seen.start, seen.start + done)
             if dx is not None:
-                dx[:, seen.start : seen.start + done] = d
-            elif draw is not None:
-                places = slice(seen.start, seen.start + done)
-                of_raw = _signal_grad(d, _part(x, places, raw, raw_stride), raw, raw_stride)
-                draw += of_raw
+                dx[:, places] = d
+            if raw is not None and draw is not None:
+                draw += _signal_grad(d, _part(x, places, raw, raw_stride), raw, raw_stride)
                 if draw_bias is not None:
                     draw_bias += d.sum((0, 1))
-        if draw is not None:
-            draw = draw.to(raw.dtype)
         dbias = grad.sum((0, 1)) if ctx.has_bias else None
-        draw_bias = None if draw_bias is None else draw_bias.to(raw_bias.dtype)
+        if raw is not None and draw is not None:
+            draw = draw.to(raw.dtype)
+        if raw_bias is not None and draw_bias is not None:
+            draw_bias = draw_bias.to(raw_bias.dtype)
         return dx, dscale, dshift, None, dw.to(weight.dtype), dbias, None, draw, draw_bias, None
 
 
@@ -484,8 +486,10 @@ Convolution = tuple[Tensor, Tensor | None, int]
 def norm_gelu_conv1d(x: Tensor, norm: nn.LayerNorm, conv: Convolution, raw: Convolution | None = None) -> Tensor:
     """conv1d_time_major(F.gelu(norm(x)), *conv), on a CPU with a third to keep for the backward pass.
 
-    raw: a convolution that comes first, of a signal x (B, S, C) that needs no gradient.
+    raw: a convolution that comes first, of a signal x (B, S, C).
     """
+    if raw is not None and x.requires_grad:
+        x, raw = conv1d_time_major(x, *raw), None
     if _is_plain() or x.device.type != "cpu":
         return conv1d_time_major(F.gelu(norm(x if raw is None else conv1d_time_major(x, *raw))), *conv)
     x_, weight, bias = _autocast(x, conv[0], conv[1])
