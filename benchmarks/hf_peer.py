@@ -25,6 +25,7 @@ class HuggingFace:
         """like: a d2v model whose weights to take over."""
         self.config, self.batch = config, batch
         self.device = batch.inputs["waveform"].device
+        self.dtype = AUTOCAST[config.train.precision]
         self.student = cast("Any", Data2VecAudioModel(peer_config(config)).to(cast("Any", self.device)).train())
         self.head = nn.Linear(config.model.embed_dim, config.model.embed_dim).to(self.device)
         if like is not None:
@@ -49,9 +50,8 @@ class HuggingFace:
         waveform = self.batch.inputs["waveform"]
         assert masks is not None
         hidden = masks.hidden[:, 0]
-        dtype = AUTOCAST[config.train.precision]
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             self.outputs.clear()
             with torch.no_grad():
                 self.teacher(waveform)

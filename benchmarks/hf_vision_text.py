@@ -44,6 +44,7 @@ class _Peer(ABC):
         self.config, self.batch = config, batch
         assert batch.masks is not None
         self.device = batch.masks.hidden.device
+        self.dtype = AUTOCAST[config.train.precision]
         self.build()
         self.student.to(self.device).train()
         self.head.to(self.device)
@@ -92,11 +93,10 @@ class _Peer(ABC):
 
     def step(self, number: int) -> tuple[Tensor, Tensor]:
         config = self.config
-        dtype = AUTOCAST[config.train.precision]
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(number, config.train.max_steps, config.optim)
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             with torch.no_grad():
                 target = torch.stack([F.layer_norm(x.float(), x.shape[-1:]) for x in self.targets()]).mean(0)
                 if config.target.mean_norms:

@@ -1,5 +1,7 @@
 """Time of one whole pre-training step of d2v beside the same step made of public parts.
 
+    python benchmarks/pretrain_step.py --suite --data /LibriSpeech         # the whole table for audio, JSON with --out
+    python benchmarks/pretrain_step.py --suite --device cuda --data /LibriSpeech
     python benchmarks/pretrain_step.py --preset base                       # CPU, one thread, fp32, 8 s of audio
     python benchmarks/pretrain_step.py --preset base --device cuda --dtype bf16 --batch 64 --compile
     python benchmarks/pretrain_step.py --preset tiny                       # log-mel: d2v alone, no peer has it
@@ -14,9 +16,15 @@ step (`d2v_core.trainer.Updater`). `hf` is what a user writes with the classes o
   vision  `Data2VecVisionModel`: a deep copy as teacher, whose hidden states are the targets (hf_vision_text.py).
   text    `Data2VecTextModel`: the same with forward hooks for the feed-forward outputs. In vision and text the peer has
           fused AdamW, `foreach` moving averages, and computes targets and predictions at scored places only.
+`hubert` is one step of torchaudio's HuBERT Base, of the same sizes, which has no teacher to run (hubert_peer.py).
 Both have the same sizes, dropout, inputs and masks; layer drop is off, so that both always do all layers. Before
 timing, d2v's weights are put into the peer, and loss and gradient norm must agree; in vision and text over some steps
 of training, in which the loss must fall.
+
+--suite is everything that docs/performance.md says about audio, in one run: all contenders of a setting take turns in
+one process, in fp32 and bf16 (on a GPU: bf16, with and without torch.compile); data2vec 2.0 with 8 masks; the memory of
+each; the padding of an epoch (data_path.py); and, with --data, how long the trainer waits for its loader on real files.
+It ends with the goals and whether they were met.
 
 How to read the numbers
   seconds      process CPU time on a CPU (does not grow when others use the machine, but caches are shared), wall time
@@ -26,6 +34,8 @@ How to read the numbers
   of peak      analytic FLOPs of d2v's step (the same for both: what the peer does beyond them, as its teacher's second
                pass through the front end, is not useful work) / min seconds / fastest matrix product measured in the
                same run. On a GPU with bf16 this is the model FLOP utilisation against a measured, not a printed, peak.
+  steady       wall seconds of the first steps that are slower than 1.1 times the median of the later ones: allocation,
+               choice of kernels, compilation.
   calibration  GFLOP/s of 1024^3 (GPU: 8192^3) matrix products before each round. `mm` is what torch.mm takes; `onednn`
                (fp32 on a CPU) is the kernel that torch.mm leaves unused there. If it moves by more than 15 % between
                rounds, the machine was too busy: "valid" is false, and --strict exits with 3.
@@ -48,14 +58,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
 import numpy as np
 import torch
+from data_path import loader_wait, padding_waste
 from hf_peer import HuggingFace, has_peer
 from hf_vision_text import TextPeer, VisionPeer, has_text_peer, has_vision_peer
+from hubert_peer import Hubert
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,10 +88,15 @@ CONSTANT_LR = ("optim.schedule=constant", "optim.warmup_ratio=0", "optim.lr=1e-4
 VERIFY_STEPS = 5
 TOLERANCE = 1e-4
 MAX_DRIFT = 0.15
+STEADY = 1.1
+PASSED = ("modality", "preset", "encoder", "seconds", "batch", "shortest", "threads", "device", "dtype")
+NUM_MASKS = 8
 BATCH = {"audio": 1, "vision": 8, "text": 4}
 AMOUNT = {"audio": "audio_s", "vision": "images", "text": "tokens"}
 UNIT = {"audio": "audio-s", "vision": "images", "text": "tokens"}
 VOCABULARY = 50265  # of the official text models
+# A small network behind the raw waveform's full front end, which is most of its step.
+SMALL_RAW = ("model.embed_dim=384", "model.num_layers=6", "model.num_heads=6", "target.top_k_layers=4")
 
 
 @dataclass
@@ -96,6 +114,8 @@ class Setup:
         """small: at most 2 s of audio, or two samples, for what need not be timed."""
         values = {"modality": args.modality, "preset": args.preset, "model.layer_drop": "0"}
         values |= {"train.device": args.device, "train.precision": args.dtype}
+        if args.preset == "base2":
+            values |= {"train.num_masks": str(NUM_MASKS), "prenet.layer_drop": "0"}
         if args.modality == "audio":
             values["encoder"] = args.encoder
         if args.modality == "text":
@@ -110,13 +130,15 @@ class Setup:
             inputs, layouts = vision_inputs(modality, min(rows, 2) if small else rows)
         else:
             inputs, layouts = text_inputs(modality, min(rows, 2) if small else rows, args.shortest)
-        masks = modality.masking()(layouts, 1, [np.random.default_rng(i) for i in range(len(layouts))])
+        rngs = [np.random.default_rng(i) for i in range(len(layouts))]
+        masks = modality.masking()(layouts, config.train.num_masks, rngs)
         device = torch.device(args.device)
         return cls(config, modality, device, Batch(inputs, masks).to(device), args.compile)
 
     @property
     def amount(self) -> float:
-        return self.modality.amount(self.batch.inputs)
+        """In AMOUNT's unit; of several masked copies each counts."""
+        return self.modality.amount(self.batch.inputs) * self.config.train.num_masks
 
 
 def audio_inputs(modality: Any, rows: int, seconds: float) -> tuple[Mapping[str, Tensor], list[Layout]]:
@@ -149,23 +171,46 @@ class D2V:
         self.setup = setup
         self.model = build_model(setup.modality).to(setup.device).train()
         self.updater = Updater(self.model, setup.config, setup.device)
+        self.dtype = self.updater.dtype
         if setup.compile:  # as d2v_core.loop.Loop.fit does
             for part in (self.model.student.transformer, cast("Any", self.model.teacher.module).transformer):
                 for block in part.blocks:
                     block.compile()
 
     def step(self, number: int) -> tuple[Tensor, Tensor]:
+        self.updater.dtype = self.dtype
         result = self.updater.update(number, [self.setup.batch], self.setup.modality.teacher_inputs)
         return result.loss, result.grad_norm
 
 
-Contender = D2V | HuggingFace | VisionPeer | TextPeer
+Contender = D2V | HuggingFace | Hubert | VisionPeer | TextPeer
 PEERS = {"audio": HuggingFace, "vision": VisionPeer, "text": TextPeer}
 HAS_PEER = {"audio": has_peer, "vision": has_vision_peer, "text": has_text_peer}
 
 
-def contender(name: str, setup: Setup) -> Contender:
-    return D2V(setup) if name == "d2v" else PEERS[setup.modality.name](setup.config, setup.batch, setup.compile)
+@dataclass
+class Case:
+    """One line of a table. kind: d2v, hf or hubert. args: as `parse` gives them."""
+
+    name: str
+    kind: str
+    args: argparse.Namespace
+
+    @classmethod
+    def of(cls, name: str, kind: str, args: argparse.Namespace, **changes: Any) -> Case:
+        return cls(name, kind, argparse.Namespace(**{**vars(args), **changes}))
+
+    @property
+    def network(self) -> str:
+        """Equal for cases that differ in nothing but the precision, and so can share weights and optimizer."""
+        return repr((self.kind, sorted((k, str(v)) for k, v in vars(self.args).items() if k != "dtype")))
+
+    def contender(self) -> tuple[Setup, Contender]:
+        setup = Setup.of(self.args)
+        if self.kind == "d2v":
+            return setup, D2V(setup)
+        peer = Hubert if self.kind == "hubert" else PEERS[setup.modality.name]
+        return setup, peer(setup.config, setup.batch, setup.compile)
 
 
 def verify(args: argparse.Namespace) -> dict[str, Any]:
@@ -228,12 +273,26 @@ def step_flops(setup: Setup) -> dict[str, float]:
         layers = cast("Any", setup.modality).head.layers
         if layers > 1:  # D -> 2D -> ... -> 2D -> D
             head = 2.0 * (2 * dim * 2 * dim + (layers - 2) * (2 * dim) ** 2) * scored
-    tokens = rows * length
-    linears = model.num_layers * 2.0 * (4 * dim**2 + 2 * dim * int(dim * model.mlp_ratio)) * tokens
-    attention = model.num_layers * 4.0 * length * dim * tokens
-    encoder = place + linears + attention
-    student = 3 * (encoder + head)
-    return {"front_end": front_end, "student": student, "teacher": encoder, "total": front_end + student + encoder}
+
+    def blocks(rows: int, length: int) -> float:
+        linears = 2.0 * (4 * dim**2 + 2 * dim * int(dim * model.mlp_ratio)) * rows * length
+        return model.num_layers * (linears + 4.0 * rows * length * length * dim)
+
+    teacher = place + blocks(rows, length)
+    copies, seen = masks.num_copies, length if masks.visible is None else masks.visible.shape[2]
+    if masks.visible is not None:
+        head = decoder_flops(setup)
+    student = 3 * (copies * place + blocks(rows * copies, seen) + head)
+    return {"front_end": front_end, "student": student, "teacher": teacher, "total": front_end + student + teacher}
+
+
+def decoder_flops(setup: Setup) -> float:
+    """2.0's head for audio, forwards: grouped convolutions at all places of every copy, one map at the scored ones."""
+    config, masks = cast("Any", setup.config.sections["decoder"]), setup.batch.masks
+    assert masks is not None and config.projection_layers == 1
+    widths = [setup.config.model.embed_dim, *[config.dim] * config.layers]
+    taps = sum(config.kernel * a // config.groups * b for a, b in pairwise(widths))
+    return 2.0 * taps * masks.hidden.numel() + 2.0 * config.dim * widths[0] * len(masks.scored_rows)
 
 
 def audio_flops(setup: Setup) -> tuple[float, float]:
@@ -308,13 +367,11 @@ def seconds_of(device: torch.device, run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def calibrate(setup: Setup) -> dict[str, float]:
+def calibrate(device: torch.device, precisions: set[str]) -> dict[str, float]:
     """GFLOP/s of square matrix products by kernel, the best of a few."""
-    device, size = setup.device, 1024 if setup.device.type == "cpu" else 8192
+    size = 1024 if device.type == "cpu" else 8192
     rates: dict[str, float] = {}
-    kinds = {"mm_fp32": torch.float32}
-    if setup.config.train.precision != "fp32":
-        kinds[f"mm_{setup.config.train.precision}"] = cast("Any", AUTOCAST[setup.config.train.precision])
+    kinds = {f"mm_{name}": AUTOCAST[name] or torch.float32 for name in sorted({"fp32", *precisions})}
     runs: dict[str, Callable[[], object]] = {}
     for name, dtype in kinds.items():
         matrix = torch.randn(size, size, device=device, dtype=dtype)
@@ -330,43 +387,71 @@ def calibrate(setup: Setup) -> dict[str, float]:
     return rates
 
 
-def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
-    """Calibrate, then let every contender make a step; so many times."""
-    contenders = [contender(name, setup) for name in names]
-    for number in range(2):  # warm-up: optimizer state, kernel caches, compilation
-        for one in contenders:
-            one.step(number)
+def measure(cases: list[Case], rounds: int) -> dict[str, Any]:
+    """Calibrate, then let every contender make a step; so many times.
+
+    fp32 and bf16 of one contender are one network with and without autocast, to save memory.
+    """
+    device = torch.device(cases[0].args.device)
+    networks: dict[str, tuple[Setup, Contender]] = {}
+    ready: dict[str, tuple[Setup, Contender, torch.dtype | None]] = {}
+    for case in cases:
+        if case.network not in networks:
+            networks[case.network] = case.contender()
+        ready[case.name] = (*networks[case.network], AUTOCAST[case.args.dtype])
+
+    def step(name: str, number: int) -> None:
+        _, one, one.dtype = ready[name]
+        one.step(number)
+
+    first: dict[str, list[float]] = {name: [] for name in ready}
+    warm_up = 2 if device.type == "cpu" else 10  # optimizer state, kernel caches, compilation
+    for number in range(warm_up):
+        for name in ready:
+            start = time.perf_counter()
+            step(name, number)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            first[name].append(time.perf_counter() - start)
     calibrations: list[dict[str, float]] = []
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in ready}
     for number in range(rounds):
-        calibrations.append(calibrate(setup))
-        for one in contenders if number % 2 == 0 else contenders[::-1]:
-            times[one.name].append(seconds_of(setup.device, partial(one.step, 2 + number)))
+        calibrations.append(calibrate(device, {case.args.dtype for case in cases}))
+        for name in list(ready) if number % 2 == 0 else list(ready)[::-1]:
+            times[name].append(seconds_of(device, partial(step, name, warm_up + number)))
         print(f"round {number + 1}/{rounds}  " + "  ".join(f"{n} {t[-1]:.3f} s" for n, t in times.items()), flush=True)
     drift = max(max(c[key] for c in calibrations) / min(c[key] for c in calibrations) - 1.0 for key in calibrations[0])
-    kernels = [key for key in calibrations[0] if key.endswith(setup.config.train.precision)]
-    peak = max(c[key] for c in calibrations for key in kernels)
-    flops = step_flops(setup)
     result: dict[str, Any] = {
-        "calibration_gflops": calibrations, "calibration_drift": drift, "valid": drift <= MAX_DRIFT,
-        "peak_gflops": peak, "step_gflop": {part: value / 1e9 for part, value in flops.items()}, "contenders": {},
+        "calibration_gflops": calibrations, "calibration_drift": drift, "valid": drift <= MAX_DRIFT, "contenders": {},
     }  # fmt: skip
-    for name, values in times.items():
-        result["contenders"][name] = {
-            "seconds": values, "min_s": min(values), "median_s": median(values),
-            f"{AMOUNT[setup.modality.name]}_per_s": setup.amount / min(values),
-            "of_peak": flops["total"] / 1e9 / min(values) / peak,
+    for case in cases:
+        values, setup, middle = times[case.name], ready[case.name][0], median(times[case.name])
+        row: dict[str, Any] = {
+            "kind": case.kind, "dtype": case.args.dtype, "compile": case.args.compile, "preset": case.args.preset,
+            "amount": setup.amount, "seconds": values, "min_s": min(values), "median_s": middle,
+            f"{AMOUNT[setup.modality.name]}_per_s": setup.amount / middle,
         }  # fmt: skip
-    if "hf" in times:
-        result["ratio_median"] = median(h / d for h, d in zip(times["hf"], times["d2v"], strict=True))
-        result["ratio_min"] = min(times["hf"]) / min(times["d2v"])
+        if device.type == "cuda":
+            row["steady_after_s"] = sum(s for s in first[case.name] if s > STEADY * middle)
+        if case.kind != "hubert":
+            flops = step_flops(setup)
+            peak = max(value for c in calibrations for key, value in c.items() if key.endswith(case.args.dtype))
+            row |= {"step_gflop": {part: value / 1e9 for part, value in flops.items()}, "peak_gflops": peak}
+            row["of_peak"] = flops["total"] / 1e9 / middle / peak
+        result["contenders"][case.name] = row
     return result
 
 
-def peak_memory(setup_of: Callable[[], Setup], name: str, device: torch.device) -> int:
-    """Bytes that this process has taken at most after two steps of one contender; "none" builds nothing."""
-    if name != "none":
-        one = contender(name, setup_of())
+def ratio(result: dict[str, Any], slow: str, fast: str) -> float:
+    """Median over rounds of the ratio within a round."""
+    rows = result["contenders"]
+    return median(a / b for a, b in zip(rows[slow]["seconds"], rows[fast]["seconds"], strict=True))
+
+
+def peak_memory(case: Case | None, device: torch.device) -> int:
+    """Bytes that this process has taken at most after two steps of one contender; None builds nothing."""
+    if case is not None:
+        one = case.contender()[1]
         for number in range(2):
             one.step(number)
     if device.type == "cuda":
@@ -378,13 +463,112 @@ def peak_memory(setup_of: Callable[[], Setup], name: str, device: torch.device) 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def memory_of(names: list[str]) -> dict[str, float]:
-    """MiB by contender, each in a process of its own."""
-    found: dict[str, int] = {}
-    for name in ("none", *names):
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory", "--only", name]
-        found[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-    return {name: (found[name] - found["none"]) / 2**20 for name in names}
+def memory_of(cases: list[Case]) -> dict[str, float]:
+    """MiB by contender, each in a process of its own, less what a process takes that builds nothing."""
+
+    def measured(kind: str, args: argparse.Namespace) -> int:
+        words = [f"--{key}={getattr(args, key)}" for key in PASSED if getattr(args, key) not in (None, "")]
+        words += ["--compile"] if args.compile else []
+        command = [sys.executable, __file__, *words, "--memory", "--only", kind, "--set", *args.set]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+    nothing = measured("none", cases[0].args)
+    return {case.name: (measured(case.kind, case.args) - nothing) / 2**20 for case in cases}
+
+
+def suite(args: argparse.Namespace) -> dict[str, list[Case]]:
+    """The settings for audio and who takes part. On a GPU in bf16 only, with and without compilation, in larger
+    batches."""
+    on_cpu = args.device == "cpu"
+
+    def both(name: str, kind: str, dtypes: tuple[str, ...] = ("fp32", "bf16"), **changes: Any) -> list[Case]:
+        if on_cpu:
+            return [Case.of(f"{name} {dtype}", kind, args, dtype=dtype, **changes) for dtype in dtypes]
+        return [
+            Case.of(f"{name} bf16{' compiled' * compile}", kind, args, dtype="bf16", compile=compile, **changes)
+            for compile in (False, True)
+        ]
+
+    base = {"preset": "base", "batch": args.batch or (1 if on_cpu else 32)}
+    small = {
+        "preset": "base",
+        "set": [*args.set, *SMALL_RAW],
+        "batch": args.batch or (2 if on_cpu else 64),
+        "seconds": 5.0,
+    }
+    masked = {**base, "preset": "base2", "batch": base["batch"] if on_cpu else max(1, base["batch"] // 4)}
+    return {
+        "base": [
+            *both("d2v", "d2v", **base), *both("hf", "hf", **base), *both("hubert", "hubert", **base),
+            *both(f"d2v 2.0, {NUM_MASKS} masks", "d2v", ("bf16",), **masked),
+        ],
+        "small": [*both("d2v", "d2v", **small), *both("hf", "hf", ("fp32",), **small)],
+    }  # fmt: skip
+
+
+def goals_of(result: dict[str, Any]) -> dict[str, tuple[float, str, float]]:
+    """On a CPU: what was found, `>=` or `<=`, and the goal."""
+    base, small, masked = result["base"], result["small"], f"d2v 2.0, {NUM_MASKS} masks bf16"
+    rows = base["contenders"]
+    goals = {
+        "Base fp32, times hf fp32": (ratio(base, "hf fp32", "d2v fp32"), ">=", 1.4),
+        "Base bf16, times hf fp32": (ratio(base, "hf fp32", "d2v bf16"), ">=", 2.8),
+        "Base fp32, times HuBERT fp32": (ratio(base, "hubert fp32", "d2v fp32"), ">=", 2.0),
+        "small fp32, times hf fp32": (ratio(small, "hf fp32", "d2v fp32"), ">=", 1.5),
+        "small bf16, times hf fp32": (ratio(small, "hf fp32", "d2v bf16"), ">=", 3.0),
+        f"2.0, {NUM_MASKS} masks, bf16: masked-view s per CPU s, times hf fp32": (
+            ratio(base, "hf fp32", masked) * rows[masked]["amount"] / rows["hf fp32"]["amount"], ">=", 6.0
+        ),
+        "padding waste, cropping": (result["padding_waste"]["cropping"], "<=", 0.02),
+        "padding waste, padding": (result["padding_waste"]["padding"], "<=", 0.02),
+    }  # fmt: skip
+    for name, row in result.get("loader_wait", {}).items():
+        goals[f"loader wait, {name}"] = (row["share"], "<=", 0.02)
+    if memory := base.get("peak_memory_mib"):
+        goals["peak memory fp32, of hf fp32"] = (memory["d2v fp32"] / memory["hf fp32"], "<=", 0.8)
+        goals["peak memory bf16, of hf bf16"] = (memory["d2v bf16"] / memory["hf bf16"], "<=", 0.8)
+    return goals
+
+
+def run_suite(args: argparse.Namespace) -> dict[str, Any]:
+    result: dict[str, Any] = {"padding_waste": padding_waste()}
+    print("padding waste: " + ", ".join(f"{form} {share:.2%}" for form, share in result["padding_waste"].items()))
+    if args.data:
+        result["loader_wait"] = loader_wait(args.data, args.device, print)
+    else:
+        print("loader wait: not measured, it takes --data")
+    for name, cases in suite(args).items():
+        print(f"\n{name}:")
+        part: dict[str, Any] = {}
+        if not args.no_verify:
+            part["verified"] = verify(cases[0].args)
+        if not args.no_memory:
+            part["peak_memory_mib"] = memory_of(cases)
+        result[name] = part | measure(cases, args.rounds)
+        report(result[name], args)
+    result["valid"] = all(result[name]["valid"] for name in suite(args))
+    if args.device == "cpu":
+        result["goals"] = goals_of(result)
+        print()
+        for name, (found, sign, goal) in result["goals"].items():
+            met = found >= goal if sign == ">=" else found <= goal
+            print(f"{'met' if met else 'MISSED':7} {name}: {found:.3g}, goal {sign} {goal:g}")
+    return result
+
+
+def report(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """One line per contender."""
+    for name, row in result["contenders"].items():
+        memory = result.get("peak_memory_mib", {}).get(name)
+        print(
+            f"{name:22} min {1000 * row['min_s']:.0f} ms  median {1000 * row['median_s']:.0f} ms  "
+            f"{row[AMOUNT[args.modality] + '_per_s']:.2f} {UNIT[args.modality]}/s"
+            + (f"  {row['of_peak']:.0%} of {row['peak_gflops']:.0f} GFLOP/s" if "of_peak" in row else "")
+            + (f"  {memory:.0f} MiB" if memory else "")
+            + (f"  steady after {row['steady_after_s']:.1f} s" if "steady_after_s" in row else "")
+        )
+    if not result["valid"]:
+        print(f"NOT VALID: the calibration moved by {result['calibration_drift']:.0%}; the machine was busy")
 
 
 def cpu_model() -> str:
@@ -398,7 +582,9 @@ def cpu_model() -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modality", default="audio", choices=("audio", "vision", "text"))
-    parser.add_argument("--preset", default="base", choices=("tiny", "base", "large"))
+    parser.add_argument("--suite", action="store_true", help="every setting of audio in one run")
+    parser.add_argument("--data", type=Path, help="of the suite: folder of audio files, to see the loader's wait")
+    parser.add_argument("--preset", default="base", choices=("tiny", "base", "base2", "large"))
     parser.add_argument("--encoder", default="", help="of audio; empty = the preset's; waveform or logmel")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of each clip of audio")
     parser.add_argument("--batch", type=int, help=f"clips, images or blocks of text; {BATCH}")
@@ -411,7 +597,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of both sides")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of d2v")
-    parser.add_argument("--only", choices=("d2v", "hf", "none"), help="one contender")
+    parser.add_argument("--only", choices=("d2v", "hf", "hubert", "none"), help="one contender")
     parser.add_argument("--memory", action="store_true", help="print peak bytes of --only and stop")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory processes out")
     parser.add_argument("--no-verify", action="store_true", help="leave the comparison of losses out")
@@ -425,37 +611,36 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     if args.memory:
-        print(peak_memory(lambda: Setup.of(args), args.only, torch.device(args.device)))
+        case = None if args.only == "none" else Case(args.only, args.only, args)
+        print(peak_memory(case, torch.device(args.device)))
         return 0
     if args.check_flops:
-        ratio = check_flops(args)
-        print(f"counted / analytic FLOPs: {ratio:.4f}")
-        return 0 if abs(ratio - 1) < 0.01 else 1
-    setup = Setup.of(args)
-    names = [args.only] if args.only else ["d2v", "hf"] if HAS_PEER[args.modality](setup.config) else ["d2v"]
+        found = check_flops(args)
+        print(f"counted / analytic FLOPs: {found:.4f}")
+        return 0 if abs(found - 1) < 0.01 else 1
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"d2v": d2v_version, "torch": torch.__version__, "transformers": transformers_version},
         "cpu": cpu_model(), "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
         "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
-        "load_average": os.getloadavg(), AMOUNT[args.modality]: setup.amount,
+        "load_average": os.getloadavg(),
     }  # fmt: skip
-    if "hf" in names and not args.no_verify:
-        result["verified"] = verify(args)
-    if not args.no_memory:
-        result["peak_memory_mib"] = memory_of(names)
-    result |= measure(setup, names, args.rounds)
-    for name, row in result["contenders"].items():
-        memory = result.get("peak_memory_mib", {}).get(name)
-        print(
-            f"{name:4} min {row['min_s']:.3f} s  median {row['median_s']:.3f} s  "
-            f"{row[AMOUNT[args.modality] + '_per_s']:.2f} {UNIT[args.modality]}/s  "
-            f"{row['of_peak']:.0%} of {result['peak_gflops']:.0f} GFLOP/s" + (f"  {memory:.0f} MiB" if memory else "")
-        )
-    if "ratio_median" in result:
-        print(f"hf / d2v: {result['ratio_median']:.2f} (median of rounds), {result['ratio_min']:.2f} (minima)")
-    if not result["valid"]:
-        print(f"NOT VALID: the calibration moved by {result['calibration_drift']:.0%}; the machine was busy")
+    if args.suite:
+        result |= run_suite(args)
+    else:
+        setup = Setup.of(args)
+        names = [args.only] if args.only else ["d2v", "hf"] if HAS_PEER[args.modality](setup.config) else ["d2v"]
+        cases = [Case(name, name, args) for name in names]
+        result[AMOUNT[args.modality]] = setup.amount
+        if "hf" in names and not args.no_verify:
+            result["verified"] = verify(args)
+        if not args.no_memory:
+            result["peak_memory_mib"] = memory_of(cases)
+        result |= measure(cases, args.rounds)
+        report(result, args)
+        if len(names) == 2:
+            result["ratio_median"] = ratio(result, "hf", "d2v")
+            print(f"hf / d2v: {result['ratio_median']:.2f} (median of rounds)")
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 3 if args.strict and not result["valid"] else 0

@@ -1,4 +1,5 @@
-"""Linear maps, attention and convolutions in (B, T, C) layout that use the fast kernels of the machine.
+"""Linear maps, attention and convolutions in (B, T, C) layout that use the fast kernels of the machine and keep little
+for the backward pass.
 
 Why: in fp32 torch's CPU `mm` is MKL, which gives AMD processors its AVX2 code (about 95 GFLOP/s per core where AVX-512
 has 210); oneDNN, which torch ships and already uses for bf16, has no such rule. And a convolution along contiguous
@@ -105,6 +106,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return cast(Tensor, _Linear.apply(x, weight, bias))  # pyright: ignore[reportUnknownMemberType]
 
 
+class _GeluLinear(torch.autograd.Function):
+    """Keeps the input of the GELU and computes its output again, instead of keeping both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return mm_t(F.gelu(x).reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        dw = mm_t(g.t(), F.gelu(x).reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.aten.gelu_backward(mm_t(g, weight.t()).view(x.shape), x)
+        return dx, dw, g.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear(F.gelu(x), weight, bias), on a CPU with less to keep for the backward pass."""
+    if _is_plain() or x.device.type != "cpu":
+        return F.linear(F.gelu(x), weight, bias)
+    x_, weight_, bias_ = _autocast(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return cast(Tensor, _GeluLinear.apply(x_, weight_, bias_))  # pyright: ignore[reportUnknownMemberType]
+
+
 class Linear(nn.Linear):
     """nn.Linear, computed by `linear`."""
 
@@ -117,55 +150,73 @@ def _has_onednn_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _kept(count: int, rate: float) -> tuple[Tensor, float]:
-    """(count,) int16 for dropout, -1 (all bits set) = kept and 0 = dropped; and the share that is kept on average.
+def _drop(weights: Tensor, rate: float) -> float:
+    """Mark weights to drop, in place, by their sign; returns the share that is kept on average.
 
-    Of 15 random bits each, so that the rate is met to 1/65536. torch's own mask draws a double for each element, which
-    costs as much as all matrix products of attention.
+    Weights of attention are never negative, so relu(w) is what is left and |w| what there was: nothing else has to be
+    kept. Of 15 random bits each, so that the rate is met to 1/65536: torch's own mask draws a double for each element,
+    which costs as much as all matrix products of attention.
     """
-    limit = round(rate * (1 << 15))
+    limit, count = round(rate * (1 << 15)), weights.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)[:count]
-    return bits.bitwise_and_(0x7FFF).neg_().add_(limit - 1).bitwise_right_shift_(15), 1.0 - limit / (1 << 15)
+    below = bits.bitwise_and_(0x7FFF).sub_(limit)  # negative, so with the sign's bit set, where the weight is dropped
+    if weights.dtype == torch.float32:
+        weights.view(torch.int32).view(-1).bitwise_or_(below.to(torch.int32).bitwise_and_(-(1 << 31)))
+    else:
+        weights.view(torch.int16).view(-1).bitwise_or_(below.bitwise_and_(-(1 << 15)))
+    return 1.0 - limit / (1 << 15)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """(N, M, K), (N, L, K) -> (N, M, L), a b^T of each pair."""
+    if _onednn(a):
+        return torch.stack([mm_t(x, y) for x, y in zip(a, b, strict=True)])
+    return torch.bmm(a, b.transpose(1, 2))
+
+
+def _products_t(a: Tensor, b: Tensor) -> Tensor:
+    """(N, M, L), (N, M, K) -> (N, L, K), a^T b of each pair; a is the larger one."""
+    if _onednn(a):  # its transpose, since oneDNN would rather have the small operand copied
+        return _products(b.transpose(1, 2).contiguous(), a.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(a.transpose(1, 2), b)
 
 
 class _Attention(torch.autograd.Function):
-    """Dropped weights are cleared bit by bit, which is cheaper than a product, and 1 / kept falls to the output."""
+    """What is kept: queries, keys, values and one set of weights, with those to drop marked by their sign."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         rows, heads, num_queries, width = q.shape
         scale = width**-0.5
         q, k, v = (x.reshape(rows * heads, -1, width) for x in (q * scale, k, v))
-        logits = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, num_queries, -1)
+        logits = _products(q, k).view(rows, heads, num_queries, -1)
         if mask is not None:
-            # The least finite number where SDPA has -inf: a row of them alone would be not a number.
-            least = torch.finfo(logits.dtype).min
-            if mask.dtype == torch.bool:
-                logits.masked_fill_(~mask, least)
-            else:
-                logits.add_(mask.to(logits.dtype)).clamp_(min=least)
-        weights = torch.softmax(logits, -1).flatten(0, 1)
-        kept, share = _kept(weights.numel(), dropout) if dropout > 0 else (None, 1.0)
-        ctx.save_for_backward(q, k, v, weights, kept)
-        ctx.shape, ctx.scale, ctx.share = (rows, heads, num_queries, width), scale, share
+            logits = _masked(logits, mask)
+        weights = torch.softmax(logits, -1).to(q.dtype).flatten(0, 1)
+        share = _drop(weights, dropout) if dropout > 0 else 1.0
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.shape, ctx.scale, ctx.dropout, ctx.share = (rows, heads, num_queries, width), scale, dropout, share
         ctx.mask = None if mask is None else (mask.shape, mask.dtype)
-        y = torch.bmm(_clear(weights, kept), v)
-        return (y if kept is None else y.div_(share)).view(rows, heads, num_queries, width)
+        y = _products(torch.relu(weights) if dropout > 0 else weights, v.transpose(1, 2))
+        return (y if dropout == 0 else y.div_(share)).view(rows, heads, num_queries, width)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, kept = ctx.saved_tensors
+        q, k, v, weights = ctx.saved_tensors
         rows, heads, num_queries, width = ctx.shape
         g = grad.reshape(rows * heads, num_queries, width)
-        if kept is not None:
+        if ctx.dropout > 0:
             g = g / ctx.share
-        dv = torch.bmm(_clear(weights, kept).transpose(1, 2), g)
-        dweights = torch.bmm(g, v.transpose(1, 2))
-        if kept is not None:
-            dweights.view(torch.int16).view(-1).bitwise_and_(kept)
+        dweights = _products(g, v)
+        if ctx.dropout > 0:
+            torch.ops.aten.threshold_backward.grad_input(dweights, weights, 0, grad_input=dweights)
+            dv = _products_t(torch.relu(weights), g)
+            weights = weights.abs()
+        else:
+            dv = _products_t(weights, g)
         dlogits = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
         dmask = None
         if ctx.needs_input_grad[3]:
@@ -175,16 +226,26 @@ class _Attention(torch.autograd.Function):
             axes = [i for i in range(4) if shape[i] == 1 and full.shape[i] > 1]
             dmask = full.sum(axes, keepdim=True, dtype=torch.float32) if axes else full
             dmask = dmask.view(ctx.mask[0]).to(dtype)
-        dq = torch.bmm(dlogits, k).mul_(ctx.scale)
-        dk = torch.bmm(dlogits.transpose(1, 2), q)
-        return *(x.view(rows, heads, -1, width) for x in (dq, dk, dv)), dmask, None
+        dq = _products(dlogits, k.transpose(1, 2)).mul_(ctx.scale)
+        dk = _products_t(dlogits, q)
+        return *(x.reshape(rows, heads, -1, width) for x in (dq, dk, dv)), dmask, None
 
 
-def _clear(weights: Tensor, kept: Tensor | None) -> Tensor:
-    """bf16 weights with +0 where `kept` is 0."""
-    if kept is None:
-        return weights
-    return (weights.view(torch.int16) & kept.view(weights.shape)).view(weights.dtype)
+def _masked(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits with places shut (bool) or a bias added, which is float32 and stays it: the sum is float32 too.
+
+    What is shut gets the least finite number where SDPA has -inf: a row of them alone would be not a number.
+    """
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    logits = logits.to(torch.promote_types(logits.dtype, mask.dtype)) + mask
+    return logits.clamp(min=torch.finfo(logits.dtype).min)
+
+
+def _biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    """Attention as it is defined, with a float32 bias on half-precision logits, where SDPA would round the bias."""
+    logits = _masked((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), bias)
+    return F.dropout(torch.softmax(logits, -1).to(q.dtype), dropout, dropout > 0) @ v
 
 
 # With 16 to 64 channels in each head and 8 to 512 keys, one thread of an AMD EPYC, forward and backward: torch's fused
@@ -193,23 +254,26 @@ SHORT, SHORT_PER_CHANNEL = 512, 16
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """F.scaled_dot_product_attention of (R, H, T, d), made for training in bf16 on a CPU with dropout or learned bias,
-    where torch has no fused form and computes in fp32, and on short sequences, where the backward pass of its fused form
-    takes several times as long; F.scaled_dot_product_attention itself everywhere else.
+    """F.scaled_dot_product_attention of (R, H, T, d), faster where torch has no fused form, in training on a CPU with
+    dropout or a learned bias, and on short sequences in bf16, where the backward pass of its fused form takes several
+    times as long. With a float32 bias in half precision it is more exact: SDPA rounds the bias.
 
-    Logits are rounded to bf16: the output is 1.5 to 2 times as far from the exact one as torch's, which is hardly worse
-    than rounding the inputs makes it (docs/performance.md has the figures).
+    In bf16 logits are rounded: the output is 1.5 to 2 times as far from the exact one as torch's, which computes in
+    fp32 there and is hardly better than the rounding of the inputs (docs/performance.md has the figures).
     """
     operands = (q, k, v)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = cast("tuple[Tensor, Tensor, Tensor]", _autocast(q, k, v))
     learned = mask is not None and mask.requires_grad
-    short = k.shape[2] <= min(SHORT_PER_CHANNEL * k.shape[3], SHORT)
+    short = q.dtype == torch.bfloat16 and k.shape[2] <= min(SHORT_PER_CHANNEL * k.shape[3], SHORT)
     slow = torch.is_grad_enabled() and (dropout > 0 or learned or short)
-    if _is_plain() or not slow or q.device.type != "cpu" or q.dtype != torch.bfloat16 or not _has_onednn_bf16():
-        return F.scaled_dot_product_attention(*operands, attn_mask=mask, dropout_p=dropout)
-    with torch.autocast("cpu", enabled=False):
-        return cast(Tensor, _Attention.apply(q, k, v, mask, dropout))  # pyright: ignore[reportUnknownMemberType]
+    fast = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and _has_onednn_bf16())
+    with torch.autocast(q.device.type, enabled=False):
+        if slow and fast and q.device.type == "cpu" and not _is_plain():
+            return cast(Tensor, _Attention.apply(q, k, v, mask, dropout))  # pyright: ignore[reportUnknownMemberType]
+        if mask is not None and mask.dtype == torch.float32 != q.dtype:
+            return _biased(q, k, v, mask, dropout)
+    return F.scaled_dot_product_attention(*operands, attn_mask=mask, dropout_p=dropout)
 
 
 def _parts(kernel: int, stride: int) -> list[tuple[int, int]]:
@@ -230,19 +294,35 @@ def _tap_weight(weight: Tensor, first: int, taps: int) -> Tensor:
     return weight[:, :, first : first + taps].transpose(1, 2).reshape(weight.shape[0], -1)
 
 
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """(B, T, C), (O, C, K) -> (B, num_out, O)."""
+    (num_rows, length, _), (out, _, kernel) = x.shape, weight.shape
+    num_out = (length - kernel) // stride + 1
+    y: Tensor | None = None
+    for first, taps in _parts(kernel, stride):
+        rows = _rows(x, first, taps, stride, num_out)
+        y = mm_t(rows, _tap_weight(weight, first, taps), bias if first == 0 else None, y)
+    assert y is not None
+    return y.view(num_rows, num_out, out)
+
+
+def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """(B, num_out, O) contiguous, (B, T, C) -> (O, C, K)."""
+    out, channels, kernel = weight.shape
+    dw = torch.empty_like(weight)
+    g = grad.view(-1, out)
+    for first, taps in _parts(kernel, stride):
+        part = mm_t(g.t(), _rows(x, first, taps, stride, grad.shape[1]).t())
+        dw[:, :, first : first + taps] = part.view(out, taps, channels).transpose(1, 2)
+    return dw
+
+
 class _Conv1dTimeMajor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-        (num_rows, length, _), (out, _, kernel) = x.shape, weight.shape
-        num_out = (length - kernel) // stride + 1
-        y: Tensor | None = None
-        for first, taps in _parts(kernel, stride):
-            rows = _rows(x, first, taps, stride, num_out)
-            y = mm_t(rows, _tap_weight(weight, first, taps), bias if first == 0 else None, y)
-        assert y is not None
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.has_bias = stride, bias is not None
-        return y.view(num_rows, num_out, out)
+        return _convolved(x, weight, bias, stride)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -250,22 +330,130 @@ class _Conv1dTimeMajor(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        stride = ctx.stride
-        (_, length, channels), (out, _, kernel) = x.shape, weight.shape
-        num_out = grad.shape[1]
         grad = grad.contiguous()
-        g = grad.view(-1, out)
-        parts = _parts(kernel, stride)
-        dx = dw = None
-        if ctx.needs_input_grad[1]:
-            dw = torch.empty_like(weight)
-            for first, taps in parts:
-                rows = _rows(x, first, taps, stride, num_out)
-                part = mm_t(g.t(), rows.t())
-                dw[:, :, first : first + taps] = part.view(out, taps, channels).transpose(1, 2)
-        if ctx.needs_input_grad[0]:
-            dx = _input_grad(grad, weight, length, stride)
-        return dx, dw, g.sum(0) if ctx.has_bias else None, None
+        dw = _weight_grad(grad, x, weight, ctx.stride) if ctx.needs_input_grad[1] else None
+        dx = _input_grad(grad, weight, x.shape[1], ctx.stride) if ctx.needs_input_grad[0] else None
+        return dx, dw, grad.sum((0, 1)) if ctx.has_bias else None, None
+
+
+def _norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a layer norm's input (B, T, C), scale and shift; the latter two in float32. May overwrite `grad`.
+
+    In half precision torch's kernel adds up in half precision: over 25,599 tokens in bf16 its gradients of scale and
+    shift were off by 17 % and 36 %. Sums that a matrix product takes are in float32.
+    """
+    exact = x.dtype == torch.float32
+    dx, dscale, dshift = torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[-1:], mean, rstd, scale, shift, [True, exact, exact]
+    )
+    if exact:
+        return dx, dscale, dshift
+    g = grad.flatten(0, 1)
+    ones = torch.ones(1, len(g), dtype=g.dtype)
+    dshift = ones @ g
+    g = g.mul_(rstd.view(-1, 1).to(g.dtype))
+    of_mean = mean.view(1, -1).to(g.dtype) @ g
+    dscale = (ones @ g.mul_(x.flatten(0, 1))).float() - of_mean.float()
+    return dx, dscale[0], dshift[0].float()
+
+
+PIECE = 4096
+"""Outputs that `_NormGeluConv1d` works on at once, so that what is in between stays small."""
+
+
+def _from_signal(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """A convolution of few channels, by torch's own for images; the strides say channels-last."""
+    y = F.conv2d(x.unsqueeze(1).permute(0, 3, 1, 2), weight.unsqueeze(2), bias, (1, stride))
+    return y.permute(0, 2, 3, 1).squeeze(1)
+
+
+class _NormGeluConv1d(torch.autograd.Function):
+    """Keeps what the norm is given and computes norm and GELU again: a third of what there would be to keep. With the
+    convolution of a signal in front (`raw`) it keeps the signal alone, from which the largest tensor of all is soon
+    made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor | None, stride: int,
+        raw: Tensor | None, raw_bias: Tensor | None, raw_stride: int,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, scale, shift, weight, raw, raw_bias)
+        ctx.eps, ctx.stride, ctx.has_bias, ctx.raw_stride = eps, stride, bias is not None, raw_stride
+        length = x.shape[1] if raw is None else (x.shape[1] - raw.shape[2]) // raw_stride + 1
+        num_out = (length - weight.shape[2]) // stride + 1
+        if num_out < 1:
+            raise RuntimeError(f"Kernel size {weight.shape[2]} can't be greater than the input's {length} tokens")
+        y = x.new_empty(x.shape[0], num_out, weight.shape[0])
+        for first, last, seen in _pieces(num_out, weight.shape[2], stride):
+            inputs = (
+                x[:, seen] if raw is None else _from_signal(_part(x, seen, raw, raw_stride), raw, raw_bias, raw_stride)
+            )
+            normed = F.layer_norm(inputs, inputs.shape[-1:], scale, shift, eps)
+            y[:, first:last] = _convolved(torch.ops.aten.gelu_(normed), weight, bias, stride)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, scale, shift, weight, raw, raw_bias = ctx.saved_tensors
+        stride, raw_stride = ctx.stride, ctx.raw_stride
+        dw, dscale, dshift = (torch.zeros_like(z, dtype=torch.float32) for z in (weight, scale, shift))
+        dx = torch.zeros_like(x) if raw is None else None
+        draw = None if raw is None else torch.zeros_like(raw, dtype=torch.float32)
+        draw_bias = None if raw_bias is None else torch.zeros_like(raw_bias, dtype=torch.float32)
+        late: Tensor | None = None  # what a piece gives to inputs that the next one sees too
+        for first, last, seen in _pieces(grad.shape[1], weight.shape[2], stride):
+            signal = x[:, seen] if raw is None else _part(x, seen, raw, raw_stride)
+            inputs = signal.contiguous() if raw is None else _from_signal(signal, raw, raw_bias, raw_stride)
+            g = grad[:, first:last].contiguous()
+            normed, mean, rstd = torch.ops.aten.native_layer_norm(inputs, inputs.shape[-1:], scale, shift, ctx.eps)
+            dw += _weight_grad(g, F.gelu(normed), weight, stride)
+            d = _input_grad(g, weight, inputs.shape[1], stride)
+            if late is not None:
+                d[:, : late.shape[1]] += late
+            done = inputs.shape[1] if last == grad.shape[1] else (last - first) * stride
+            late = d[:, done:].clone()
+            d, inputs, normed, mean, rstd = (z[:, :done].contiguous() for z in (d, inputs, normed, mean, rstd))
+            d = torch.ops.aten.gelu_backward.grad_input(d, normed, grad_input=d)
+            d, of_scale, of_shift = _norm_backward(d, inputs, mean, rstd, scale, shift)
+            dscale += of_scale
+            dshift += of_shift
+            places = slice(seen.start, seen.start + done)
+            if dx is not None:
+                dx[:, places] = d
+            if raw is not None and draw is not None:
+                draw += _signal_grad(d, _part(x, places, raw, raw_stride), raw, raw_stride)
+                if draw_bias is not None:
+                    draw_bias += d.sum((0, 1))
+        dbias = grad.sum((0, 1)) if ctx.has_bias else None
+        if raw is not None and draw is not None:
+            draw = draw.to(raw.dtype)
+        if raw_bias is not None and draw_bias is not None:
+            draw_bias = draw_bias.to(raw_bias.dtype)
+        return dx, dscale, dshift, None, dw.to(weight.dtype), dbias, None, draw, draw_bias, None
+
+
+def _part(x: Tensor, seen: slice, weight: Tensor, stride: int) -> Tensor:
+    """What the outputs `seen` of a convolution are made from."""
+    return x[:, seen.start * stride : (seen.stop - 1) * stride + weight.shape[2]]
+
+
+def _signal_grad(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Gradient of `_from_signal`'s weight."""
+    return torch.ops.aten.convolution_backward(
+        grad.unsqueeze(1).permute(0, 3, 1, 2), x.unsqueeze(1).permute(0, 3, 1, 2), weight.unsqueeze(2), None,
+        (1, stride), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False),
+    )[1].squeeze(2)  # fmt: skip
+
+
+def _pieces(num_out: int, kernel: int, stride: int) -> list[tuple[int, int, slice]]:
+    """(first output, last output + 1, the inputs that they see) of each piece of a convolution."""
+    ends = [(first, min(first + PIECE, num_out)) for first in range(0, num_out, PIECE)]
+    return [(first, last, slice(first * stride, (last - 1) * stride + kernel)) for first, last in ends]
 
 
 def _input_grad(grad: Tensor, weight: Tensor, length: int, stride: int) -> Tensor:
@@ -291,12 +479,36 @@ def conv1d_time_major(x: Tensor, weight: Tensor, bias: Tensor | None = None, str
     """F.conv1d of (B, T, C) with (O, C, K), to (B, T', O): no padding, no groups."""
     if _is_plain():
         return F.conv1d(x.transpose(1, 2), weight, bias, stride).transpose(1, 2)
-    if x.shape[2] * weight.shape[2] <= 64:  # a raw signal: no product worth its name; the strides say channels-last
-        y = F.conv2d(x.unsqueeze(1).permute(0, 3, 1, 2), weight.unsqueeze(2), bias, (1, stride))
-        return y.permute(0, 2, 3, 1).squeeze(1)
+    if x.shape[2] * weight.shape[2] <= 64:  # a raw signal: no product worth its name
+        return _from_signal(x, weight, bias, stride)
     x_, weight_, bias_ = _autocast(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return cast(Tensor, _Conv1dTimeMajor.apply(x_, weight_, bias_, stride))  # pyright: ignore[reportUnknownMemberType]
+
+
+Convolution = tuple[Tensor, Tensor | None, int]
+"""Weight (O, C, K), bias and stride."""
+
+
+def norm_gelu_conv1d(x: Tensor, norm: nn.LayerNorm, conv: Convolution, raw: Convolution | None = None) -> Tensor:
+    """conv1d_time_major(F.gelu(norm(x)), *conv), on a CPU with a third to keep for the backward pass.
+
+    raw: a convolution that comes first, of a signal x (B, S, C).
+    """
+    if raw is not None and x.requires_grad:
+        x, raw = conv1d_time_major(x, *raw), None
+    if _is_plain() or x.device.type != "cpu":
+        return conv1d_time_major(F.gelu(norm(x if raw is None else conv1d_time_major(x, *raw))), *conv)
+    x_, weight, bias = _autocast(x, conv[0], conv[1])
+    raw_weight, raw_bias = (None, None) if raw is None else _autocast(raw[0], raw[1])
+    with torch.autocast("cpu", enabled=False):
+        return cast(
+            Tensor,
+            _NormGeluConv1d.apply(  # pyright: ignore[reportUnknownMemberType]
+                x_, norm.weight, norm.bias, norm.eps, weight, bias, conv[2],
+                raw_weight, raw_bias, 1 if raw is None else raw[2],
+            ),
+        )  # fmt: skip
 
 
 def _windows(x: Tensor, kernel: int, left: int, groups: int) -> Tensor:

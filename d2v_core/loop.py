@@ -29,6 +29,7 @@ from d2v_core.errors import UserError
 from d2v_core.faults import FAULTS_FILE, FaultWatch, Outcome, TooManyFaults, find_fault
 from d2v_core.files import first
 from d2v_core.keyed import seed_of
+from d2v_core.memory import return_only_large_blocks
 from d2v_core.metrics import Display, MetricsFile, TensorBoard
 from d2v_core.optim import make_optimizer, set_step
 from d2v_core.schedules import lr_at
@@ -51,6 +52,8 @@ class OptimizerStep:
         self.config, self.device = config, device
         self.optimizer = make_optimizer(model, config.optim, scale_of)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if device.type == "cpu":
+            return_only_large_blocks()
         self.dtype = AUTOCAST[config.train.precision]
         self.scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.model = model

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig
 from d2v_core.contract import AttentionBias
-from d2v_core.kernels import Linear, attention, linear
+from d2v_core.kernels import Linear, attention, gelu_linear, linear
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -88,12 +88,18 @@ class Block(nn.Module):
         x = x + drop_path(y if self.gamma1 is None else self.gamma1 * y, self.drop_path_rate, self.training)
         if not self.pre_norm:
             x = self.norm1(x)
-        hidden = F.gelu(self.fc1(self.norm2(x) if self.pre_norm else x))
-        ffn = self.fc2(F.dropout(hidden, self.activation_dropout, self.training))
+        ffn = self.feed_forward(self.norm2(x) if self.pre_norm else x)
         if self.gamma2 is not None:
             ffn = self.gamma2 * ffn
         x = x + drop_path(F.dropout(ffn, self.dropout, self.training), self.drop_path_rate, self.training)
         return (x if self.pre_norm else self.norm2(x)), ffn
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """fc2(dropout(gelu(fc1(x))))."""
+        hidden = self.fc1(x)
+        if self.training and self.activation_dropout > 0:
+            return self.fc2(F.dropout(F.gelu(hidden), self.activation_dropout))
+        return gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
 class TransformerOutput(NamedTuple):

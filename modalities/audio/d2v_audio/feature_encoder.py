@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from einops import rearrange, repeat
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig, opt
 from d2v_core.contract import AttentionBias, FeatureEncoder, Masks, Tokens
-from d2v_core.kernels import Linear, conv1d_time_major
+from d2v_core.kernels import Linear, conv1d_time_major, norm_gelu_conv1d
 from d2v_core.positions import ConvPositions, ConvPositionsConfig
 from d2v_core.visible import Alibi, AlibiConfig, Prenet, PrenetConfig, take_visible, take_visible_padding
 
@@ -69,15 +70,19 @@ class WaveformEmbedding(nn.Module):
     def convolve(self, waveform: Tensor) -> Tensor:
         """(B, S) -> (B, T, C)."""
         x = waveform.unsqueeze(2)
-        for i, (conv, stride) in enumerate(zip(self.convs, self.geometry.strides, strict=True)):
-            bias = conv.get_parameter("bias") if self.bias else None
-            x = conv1d_time_major(x, conv.get_parameter("weight"), bias, stride)
-            if self.layer_norms:
-                x = self.norms[i](x)
-            elif i == 0:
-                x = self.norms[0](x.transpose(1, 2)).transpose(1, 2)
-            x = F.gelu(x)
-        return x
+        weights = [conv.get_parameter("weight") for conv in self.convs]
+        biases = [conv.get_parameter("bias") if self.bias else None for conv in self.convs]
+        convs = list(zip(weights, biases, self.geometry.strides, strict=True))
+        if not self.layer_norms:
+            for i, conv in enumerate(convs):
+                x = conv1d_time_major(x, *conv)
+                x = F.gelu(x if i else self.norms[0](x.transpose(1, 2)).transpose(1, 2))
+            return x
+        if len(convs) == 1:
+            x = conv1d_time_major(x, *convs[0])
+        for i, (conv, norm) in enumerate(zip(convs[1:], self.norms, strict=False)):
+            x = norm_gelu_conv1d(x, cast("nn.LayerNorm", norm), conv, None if i else convs[0])
+        return F.gelu(self.norms[-1](x))
 
     def forward(self, waveform: Tensor, num_samples: Tensor | None) -> Tokens:
         if self.grad_mult == 0:
