@@ -61,15 +61,14 @@ def cost(mib: int, rounds: int) -> dict[str, float]:
                 tempfile.TemporaryDirectory() as name,
                 mock.patch.object(checkpoint, "_digest", checkpoint._digest if digests else lambda data: ""),
             ):
-                for what in ("save", "load"):
-                    start = time.perf_counter()
-                    if what == "save":
-                        folder = checkpoint.save(Path(name), 1, stored, keep=1)
-                    else:
-                        checkpoint.load(folder)
-                    seconds.setdefault(f"{what}, {'' if digests else 'no '}digests", []).append(
-                        time.perf_counter() - start
-                    )
+                start = time.perf_counter()
+                folder = checkpoint.save(Path(name), 1, stored, keep=1)
+                saved = time.perf_counter()
+                checkpoint.load(folder)
+                loaded = time.perf_counter()
+            which = "digests" if digests else "no digests"
+            seconds.setdefault(f"save, {which}", []).append(saved - start)
+            seconds.setdefault(f"load, {which}", []).append(loaded - saved)
     return {name: round(statistics.median(values), 3) for name, values in seconds.items()}
 
 
