@@ -167,6 +167,7 @@ def score_sound(run: Path, table: Path) -> Mapping[str, Any]:
     row = ctc_probe(run, CTCProbeConfig(path=str(table), minutes=10.0, baselines=False))["rows"][0]
     loaded = d2v_core.load(run)
     task = loaded.modality.probe()
+    assert task is not None
     (phones,) = probe.run_probe(replace(task, input_features=None), {"pretrained": loaded.encode})
     return {
         "CTC": {"layer": row["layer"], "dev": round(100 - row["dev"], 2), "test": round(100 - row["test"], 2)},

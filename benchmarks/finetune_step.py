@@ -216,7 +216,7 @@ def measure(setup: Setup, rounds: int) -> dict[str, Any]:
     calibrations: list[dict[str, float]] = []
     times: dict[str, dict[str, list[float]]] = {name: {one.name: [] for one in contenders} for name in work}
     for number in range(rounds):
-        calibrations.append(calibrate(cast("Any", setup)))
+        calibrations.append(calibrate(setup.device, {setup.config.train.precision}))
         for name, run in work.items():
             for one in contenders if number % 2 == 0 else contenders[::-1]:
                 times[name][one.name].append(seconds_of(setup.device, partial(run, one, 1 + number)))

@@ -50,9 +50,10 @@ class Recognizer:
         """(S,) float32 of an audio file, at `sample_rate`. Raises UserError where it cannot be read."""
         try:
             report = files.scan(path, sample_rate=self.sample_rate, max_bad_ratio=0.0)
-            if len(report.clips) > 1:
+            clip, *more = report.clips
+            if more:
                 raise UserError(f"{path} holds {len(report.clips)} audio files: give one.")
-            return files.read(report.clips[0], self.sample_rate)
+            return files.read(clip, self.sample_rate)
         except files.BadClip as error:
             raise UserError(f"{error}. Mend the file or leave it out.") from error
         except UserError as error:
