@@ -514,6 +514,7 @@ def goals_of(result: dict[str, Any]) -> dict[str, tuple[float, str, float]]:
         "Base fp32, times hf fp32": (ratio(base, "hf fp32", "d2v fp32"), ">=", 1.4),
         "Base bf16, times hf fp32": (ratio(base, "hf fp32", "d2v bf16"), ">=", 2.8),
         "Base fp32, times HuBERT fp32": (ratio(base, "hubert fp32", "d2v fp32"), ">=", 2.0),
+        "Base bf16, times HuBERT fp32": (ratio(base, "hubert fp32", "d2v bf16"), ">=", 2.0),
         "small fp32, times hf fp32": (ratio(small, "hf fp32", "d2v fp32"), ">=", 1.5),
         "small bf16, times hf fp32": (ratio(small, "hf fp32", "d2v bf16"), ">=", 3.0),
         f"2.0, {NUM_MASKS} masks, bf16: masked-view s per CPU s, times hf fp32": (

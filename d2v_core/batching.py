@@ -35,7 +35,7 @@ from d2v_core.masking import FinetuneMasking
 
 # Sorting by length with this much noise lets a sample meet others of its length in each epoch; cropping to the
 # shortest of a micro-batch then costs at most this share. Where there are more than MANY samples, less noise brings it
-# as many others: 5 % would cost 2.1 % of an epoch of LibriSpeech, this costs 0.3 % (benchmarks/data_path.py).
+# as many others: of 100,000 clips 5 % would cost 2.1 % of an epoch, this costs 0.13 % (benchmarks/data_path.py).
 LENGTH_NOISE = 0.05
 MANY = 5000
 # Labelled samples are sorted by length within this many batches, so that little is padded and an epoch is well mixed.

@@ -364,7 +364,7 @@ PIECE = 4096
 
 
 def _from_signal(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """A convolution of few channels, by torch's own for images; the strides say channels-last."""
+    """A convolution of few channels, by torch's own for two axes; the strides say channels-last."""
     y = F.conv2d(x.unsqueeze(1).permute(0, 3, 1, 2), weight.unsqueeze(2), bias, (1, stride))
     return y.permute(0, 2, 3, 1).squeeze(1)
 

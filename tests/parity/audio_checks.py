@@ -286,7 +286,7 @@ def check_training_steps(fixture: Fixture, changes: Mapping[str, str] | None = N
     updater = Updater(model, config, DEVICE)
     decays: list[float] = [config.teacher.ema_decay]  # in force at the first update, which makes no step
     update_teacher = model.update_teacher
-    model.update_teacher = lambda decay: (decays.append(decay), update_teacher(decay))[1]
+    model.update_teacher = lambda decay, applied=None: (decays.append(decay), update_teacher(decay, applied))[1]
     log = fixture.meta["log"]
     for entry in log:
         step = entry["update"]
