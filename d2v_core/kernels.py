@@ -194,8 +194,8 @@ SHORT, SHORT_PER_CHANNEL = 512, 16
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """F.scaled_dot_product_attention of (R, H, T, d), made for training in bf16 on a CPU with dropout or learned bias,
-    where torch has no fused form and computes in fp32, and on short sequences, where the backward pass of its fused form
-    takes several times as long; F.scaled_dot_product_attention itself everywhere else.
+    where torch has no fused form and computes in fp32, and on short sequences, where the backward pass of its fused
+    form takes several times as long; F.scaled_dot_product_attention itself everywhere else.
 
     Logits are rounded to bf16: the output is 1.5 to 2 times as far from the exact one as torch's, which is hardly worse
     than rounding the inputs makes it (docs/performance.md has the figures).

@@ -18,7 +18,14 @@ SMALLER = {"audio": {"data.synthetic_clips": "12"}, "vision": {"data.synthetic_i
 
 @pytest.mark.parametrize(
     ("modality", "preset"),
-    [("audio", "tiny"), ("audio", "tiny2"), ("vision", "tiny1"), ("vision", "tiny"), ("text", "tiny"), ("text", "tiny2")],
+    [
+        ("audio", "tiny"),
+        ("audio", "tiny2"),
+        ("vision", "tiny1"),
+        ("vision", "tiny"),
+        ("text", "tiny"),
+        ("text", "tiny2"),
+    ],
 )
 def test_from_pre_training_to_a_classifier(
     modality: str, preset: str, own_folder: Path, capsys: pytest.CaptureFixture[str]
