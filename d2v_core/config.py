@@ -385,15 +385,20 @@ def _on_top_of(stored: Mapping[str, Any], recipe: Mapping[str, Any], kept: Seque
     return _overlaid(result, recipe)
 
 
-def from_dict(stored: Mapping[str, Any], modality: type[Modality[Any]], source: str) -> RunConfig:
-    """A configuration that was written with `to_yaml`, checked like any other. `source` names it in errors."""
+def from_dict(
+    stored: Mapping[str, Any], modality: type[Modality[Any]], source: str, given: Mapping[str, str] | None = None
+) -> RunConfig:
+    """A configuration that was written with `to_yaml`, checked like any other. `source` names it in errors.
+
+    given: options by key that count in place of the stored ones, as on the command line.
+    """
     values = dict(stored)
     if not values.get("encoder"):
         raise UserError(f"{source} has no key `encoder`; it is not the config.yaml of a run.")
     stage = str(values.get("stage", "pretrain"))
     if stage not in STAGES:
         raise UserError(f"{source}: stage={stage} is not one of: {', '.join(STAGES)}. A newer d2v may have written it.")
-    return _merge(modality, values, {}, source, str(values["encoder"]), stage)
+    return _merge(modality, values, given or {}, source, str(values["encoder"]), stage)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

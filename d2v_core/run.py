@@ -100,14 +100,14 @@ def newest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
-def load_config_of(run: Path) -> tuple[RunConfig, type[Modality[Any]]]:
-    """The configuration that a run folder stores, and its modality."""
+def load_config_of(run: Path, given: Mapping[str, str] | None = None) -> tuple[RunConfig, type[Modality[Any]]]:
+    """The configuration that a run folder stores, and its modality. given: options that count in place of its own."""
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml.")
     stored = read_yaml(path)
     kind = plugins.load(str(stored.get("modality", "")))
-    return replace(from_dict(stored, kind, str(path)), home=run), kind
+    return replace(from_dict(stored, kind, str(path), given), home=run), kind
 
 
 class LoadedRun(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,6 +11,23 @@ from d2v_core.config import options
 from d2v_core.errors import UserError
 
 T = TypeVar("T")
+
+
+def print_help(text: str, kind: type) -> None:
+    """A verb's text, then a line for each field of the dataclass of its options, those of sections with a dot."""
+    print(text, end="")
+    _print_options(kind, "")
+
+
+def _print_options(kind: type, section: str) -> None:
+    for field in fields(cast("Any", kind)):
+        if "doc" in field.metadata:
+            value: Any = field.default if field.default is not MISSING else cast("Any", field.default_factory)()
+            if isinstance(value, list):
+                value = f"[{','.join(map(str, cast('list[Any]', value)))}]"
+            print(f"  {section}{field.name}={'null' if value is None else value}: {field.metadata['doc']}")
+        else:  # a section
+            _print_options(cast("Any", field.default_factory), f"{section}{field.name}.")
 
 
 def train_words(
@@ -23,9 +40,7 @@ def train_words(
     """
     words = list(argv)
     if not words or {"-h", "--help"} & set(words):
-        print(help_text, end="")
-        for field in fields(cast("Any", kind)):
-            print(f"  {field.name}={field.default}: {field.metadata['doc']}")
+        print_help(help_text, kind)
         return None
     if words[0] != "train":
         raise UserError(f"d2v {verb} has the verb train, not {words[0]!r}: {form}")

@@ -23,11 +23,11 @@ ARPA = RECORDED / "harbour.4gram.arpa"
 LETTERS = Letters.of((RECORDED / "harbour.txt").read_text(encoding="utf-8").splitlines())
 SETTINGS = {
     "default": {},
-    "narrow": {"beam_size": 5, "word_score": 2.0, "sil_score": -1.0},
+    "narrow": {"beam": 5, "word_score": 2.0, "sil_score": -1.0},
     "threshold": {"beam_threshold": 8.0},
     "few letters": {"beam_size_token": 5},
-    "one": {"beam_size": 1},
-    "strong lm": {"beam_size": 20, "lm_weight": 4.0, "sil_score": 0.5},
+    "one": {"beam": 1},
+    "strong lm": {"beam": 20, "lm_weight": 4.0, "sil_score": 0.5},
     "no lm": {"lm": None},
     "homographs": {"letters_of_a_word": 1},  # six words with one spelling, the most that the trie keeps
 }
@@ -113,7 +113,7 @@ def test_score_is_the_formula():
     lexicon.words.clear()
     lexicon.words.update({word: [spelling] for word, spelling in spelled.items()})
     config = DecodeConfig(
-        engine="builtin", beam_size=10_000, beam_threshold=1e9, lm_weight=0.7, word_score=0.4, sil_score=-0.3
+        engine="builtin", beam=10_000, beam_threshold=1e9, lm_weight=0.7, word_score=0.4, sil_score=-0.3
     )
     logits = emissions(3, False)[:, :6, : len(letters)].contiguous()
     (found,) = make_decoder(letters, config, ARPA, lexicon, say=lambda line: None)(logits)[0]
@@ -218,6 +218,6 @@ def test_mismatches_are_told(tmp_path: Path):
         make_decoder(Letters.official(), config, ARPA)
     with pytest.raises(UserError, match="needs a language model or a lexicon"):
         make_decoder(LETTERS, config)
-    for wrong in ({"beam_size": 0}, {"beam_threshold": -1.0}, {"lm_weight": math.inf}, {"beam_size_token": 0}):
+    for wrong in ({"beam": 0}, {"beam_threshold": -1.0}, {"lm_weight": math.inf}, {"beam_size_token": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             make_decoder(LETTERS, DecodeConfig(**wrong), ARPA)

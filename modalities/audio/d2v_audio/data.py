@@ -203,6 +203,11 @@ def summary_bands(modality: AudioModality, inputs: Mapping[str, Tensor]) -> Tens
     return torch.cat([mean, var.sqrt()], 1)
 
 
+def log_mel(waveform: Tensor, sample_rate: int) -> Tensor:
+    """(B, S) -> (B, windows, 80), logarithms of the default bands, every 10 ms: to look at."""
+    return _bands(sample_rate).log_mel(waveform)
+
+
 @lru_cache(maxsize=2)
 def _bands(sample_rate: int) -> LogMelEmbedding:
     return LogMelEmbedding(LogMelConfig(), 1, sample_rate)

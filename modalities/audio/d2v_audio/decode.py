@@ -10,6 +10,7 @@ import gzip
 import math
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ class DecodeConfig:
     """The beam search. Defaults: fairseq, examples/speech_recognition/new/decoders/decoder_config.py."""
 
     engine: Literal["auto", "flashlight", "builtin"] = opt("auto", "auto takes flashlight where it is installed.")
-    beam_size: int = opt(50, "Hypotheses kept at each frame; 1500 for published results.")
+    beam: int = opt(50, "Hypotheses kept at each frame; 1500 for published results.")
     beam_size_token: int | None = opt(None, "Best letters of a frame that are tried; null = all.")
     beam_threshold: float = opt(50.0, "Hypotheses that are worse than the best by more than this are dropped.")
     lm_weight: float = opt(2.0, "Factor of the language model's log10 probability.")
@@ -40,7 +41,7 @@ class DecodeConfig:
 
     def check(self) -> None:
         """Raises UserError for numbers with which no search can be made."""
-        for name in ("beam_size", "beam_size_token"):
+        for name in ("beam", "beam_size_token"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1.")
@@ -60,9 +61,10 @@ class Hypothesis(NamedTuple):
 
 
 class Decoder(Protocol):
-    """Finds the words in logits; `name` says which search does it."""
+    """Finds the words of `lexicon` in logits; `name` says which search does it."""
 
     name: str
+    lexicon: Lexicon
 
     def __call__(self, logits: Tensor, lengths: Sequence[int] | None = None) -> list[list[Hypothesis]]:
         """logits: (B, T, symbols), not normalised. lengths: valid frames. The nbest hypotheses of each, best first."""
@@ -101,7 +103,7 @@ def make_decoder(
         raise UserError(f"nbest={nbest} must be at least 1.")
     if lm is None and lexicon is None:
         raise UserError("a beam search needs a language model or a lexicon to know its words.")
-    binary = lm is not None and _is_binary(lm)
+    binary = lm is not None and is_binary(lm)
     missing = flashlight_missing(lm is not None)
     if config.engine == "flashlight" and missing:
         raise UserError(f"engine=flashlight: {missing}. `pip install 'd2v[decode]'`, or take engine=builtin.")
@@ -124,6 +126,7 @@ def make_decoder(
         lexicon = lexicon_of(words, letters)
     else:
         words = None if lm is None or binary else arpa_words(lm)
+    _spellable(lexicon, lm)
     if lexicon.summary():
         say(lexicon.summary())
     if words is not None:
@@ -156,7 +159,7 @@ class _BuiltinDecoder:
         self, letters: Letters, config: DecodeConfig, lexicon: Lexicon, lm: NGramModel | None, nbest: int
     ) -> None:
         self._letters, self._config, self._lm, self._nbest = letters, config, lm, nbest
-        self._root = build_trie(lexicon.words, lm)
+        self.lexicon, self._root = lexicon, build_trie(lexicon.words, lm)
 
     def weighted(self, lm_weight: float, word_score: float, sil_score: float) -> Decoder:
         other = object.__new__(_BuiltinDecoder)
@@ -168,7 +171,7 @@ class _BuiltinDecoder:
         _check(logits, self._letters)
         c = self._config
         size_token = c.beam_size_token or len(self._letters)
-        options = Options(c.beam_size, size_token, c.beam_threshold, c.lm_weight, c.word_score, c.sil_score)
+        options = Options(c.beam, size_token, c.beam_threshold, c.lm_weight, c.word_score, c.sil_score)
         found: list[list[Hypothesis]] = []
         for emissions, length in zip(logits.float().cpu(), _lengths(logits, lengths), strict=True):
             frames = emissions[:length].tolist()
@@ -189,7 +192,7 @@ class _FlashlightDecoder:
         """lm: a path, or the model that another decoder has loaded."""
         from torchaudio.models.decoder import ctc_decoder
 
-        self._letters, self._config, self._lexicon, self._nbest = letters, config, lexicon, nbest
+        self._letters, self._config, self.lexicon, self._nbest = letters, config, lexicon, nbest
         with tempfile.TemporaryDirectory() as folder:
             spellings = Path(folder, "lexicon.txt")
             with open(spellings, "w", encoding="utf-8", newline="\n") as file:
@@ -198,7 +201,7 @@ class _FlashlightDecoder:
             if isinstance(lm, Path):
                 lm = str(_unpacked(lm, Path(folder)))
             self._decoder = ctc_decoder(
-                lexicon=str(spellings), tokens=list(letters.symbols), lm=lm, nbest=nbest, beam_size=config.beam_size,
+                lexicon=str(spellings), tokens=list(letters.symbols), lm=lm, nbest=nbest, beam_size=config.beam,
                 beam_size_token=config.beam_size_token, beam_threshold=config.beam_threshold,
                 lm_weight=config.lm_weight, word_score=config.word_score, sil_score=config.sil_score,
                 blank_token=letters.symbols[BLANK], sil_token=BOUNDARY,
@@ -206,7 +209,7 @@ class _FlashlightDecoder:
 
     def weighted(self, lm_weight: float, word_score: float, sil_score: float) -> Decoder:
         config = replace(self._config, lm_weight=lm_weight, word_score=word_score, sil_score=sil_score)
-        return _FlashlightDecoder(self._letters, config, self._lexicon, self._decoder.lm, self._nbest)
+        return _FlashlightDecoder(self._letters, config, self.lexicon, self._decoder.lm, self._nbest)
 
     def __call__(self, logits: Tensor, lengths: Sequence[int] | None = None) -> list[list[Hypothesis]]:
         _check(logits, self._letters)
@@ -241,7 +244,8 @@ def _lengths(logits: Tensor, lengths: Sequence[int] | None) -> list[int]:
     return given
 
 
-def _is_binary(lm: str | Path) -> bool:
+def is_binary(lm: str | Path) -> bool:
+    """Whether a file is of KenLM's binary format. Raises UserError where it is no file."""
     path = existing(lm, "an ARPA file", "LM")
     if path.is_dir():
         raise UserError(f"LM={lm} is a folder; give an ARPA file.")
@@ -261,6 +265,20 @@ def _unpacked(path: Path, folder: Path) -> Path:
     except (OSError, EOFError) as error:
         raise UserError(f"LM={path} cannot be unpacked ({error}); fetch or make it again.") from error
     return unpacked
+
+
+def _spellable(lexicon: Lexicon, lm: str | Path | None) -> None:
+    """Raises UserError where most words are lost: letters and words are then of two kinds."""
+    lost, kept = len(lexicon.skipped), len(lexicon.words)
+    if lost > kept:
+        counts = Counter(letter for letters in lexicon.skipped.values() for letter in letters.split())
+        missing = first([f"{letter} (in {count} words)" for letter, count in counts.most_common()], ", ")
+        raise UserError(
+            f"{lost} of {lost + kept} words ({100 * lost / (lost + kept):.0f} %) of "
+            + ("the lexicon" if lm is None else f"the lexicon or LM={lm}")
+            + f" have letters that the network's vocabulary lacks: {missing}. Are both in the same case and script? "
+            "`d2v lm train ... case=upper` spells a text anew."
+        )
 
 
 def _compare(lexicon: Lexicon, words: set[str], lm: str | Path | None, say: Callable[[str], None]) -> None:

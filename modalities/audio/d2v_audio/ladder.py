@@ -1,0 +1,342 @@
+"""`d2v ladder from=RUN`: how many errors remain with how many labels, pre-trained and untrained, with and without a
+language model.
+
+Every cell is a run folder of `d2v run stage=finetune` with its evaluations in it. What is there already is not done
+again, and a run that was stopped goes on: the same command continues.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from d2v_audio.decode import is_binary
+from d2v_audio.evaluate import RESULT, EvaluateConfig, evaluate, read_hypotheses
+from d2v_audio.ngram import arpa_words
+from d2v_audio.words import SearchConfig
+from d2v_core.config import opt, options, read_yaml
+from d2v_core.errors import UserError
+from d2v_core.verbs import print_help
+
+if TYPE_CHECKING:
+    from d2v_audio.wer import Comparison, Score
+
+HELP = """d2v ladder from=RUN data.path=TRANSCRIBED labels=[10m,1h] lm=[none,4gram] seeds=3 [key=value ...]
+
+Fine-tunes a pre-trained run on transcripts with every amount of labels and every seed, and the same network untrained;
+scores each with every language model; prints and writes the table (ladder.md, ladder.html, ladder.json). Stopped, it
+goes on by the same command. All options of `d2v run stage=finetune` can be given too; they hold for every cell.
+
+Options, with their defaults:
+"""
+OWN = ("labels", "lm", "seeds", "weights", "part", "lexicon", "decode", "out")
+NAMES = {"student": "pre-trained", "teacher": "teacher", "untrained": "untrained"}
+COLOURS = {"student": "#2a7ab9", "teacher": "#4a9a4a", "untrained": "#c4572b"}
+DASHES = ("", "6 4", "2 3", "9 3 2 3")  # of the language models, in their order
+
+
+@dataclass
+class LadderConfig:
+    """What `d2v ladder` is told."""
+
+    labels: list[str] = opt([], "Amounts of labels, as for d2v run: [10m,1h], [50,500], [10%]; empty = all there are.")
+    lm: list[str] = opt(
+        ["none"], "Language models: none, 4gram and the like (of each cell's own training transcripts), ARPA files."
+    )
+    seeds: int = opt(1, "Runs of each cell, with the seeds from 0 on.")
+    weights: list[str] = opt(["student", "untrained"], "What to start from: student, teacher, untrained.")
+    part: Literal["dev", "test"] = opt("test", "Which part to score.")
+    lexicon: str | None = opt(None, "As for d2v evaluate.")
+    decode: SearchConfig = field(default_factory=SearchConfig)
+    out: str | None = opt(None, "Folder for the cells and the table; null = ladder in the run's folder.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of one amount of labels with one language model: what each kind of weights gives, over all seeds.
+
+    rates: word error rate of each seed, by weights. scores: of all seeds together, the interval over speakers.
+    letters: the letter error rate. gain: the first kind of weights against the last; None where there is one.
+    """
+
+    labels: str
+    lm: str
+    rates: dict[str, list[float]]
+    scores: dict[str, Score]
+    letters: dict[str, float]
+    gain: Comparison | None
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb. Returns the exit status."""
+    words = list(argv)
+    if not words or {"-h", "--help"} & set(words):
+        print_help(HELP, LadderConfig)
+        print("  from=RUN: the folder of a pre-training run.\n  preset=null: of d2v run stage=finetune; null = the one "
+              "for the network of the run.")  # fmt: skip
+        return 0
+    own = [word for word in words if re.split(r"[.=]", word)[0] in OWN]
+    config = options(LadderConfig, own, "ladder")
+    return ladder(config, [word for word in words if word not in own])
+
+
+def ladder(config: LadderConfig, rest: Sequence[str]) -> int:
+    """Returns the exit status, that of a cell where it is not 0. rest: words of `d2v run stage=finetune`, `from` among
+    them. Raises UserError for what cannot work."""
+    from rich.console import Console
+
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    source, rest = _source(rest)
+    _check(config)
+    out = Path(config.out).expanduser() if config.out else source / "ladder"
+    amounts = config.labels or ["all"]
+    cells = list(product(amounts, range(config.seeds), config.weights))
+    for number, (labels, seed, weights) in enumerate(cells, 1):
+        say(f"\nCell {number} of {len(cells)}: {NAMES[weights]}, labels {labels}, seed {seed}")
+        status = _cell(out, source, config, rest, labels, seed, weights, say)
+        if status:
+            say(f"The ladder goes on from here by the same command; its cells lie in {out}.")
+            return status
+    rows = collect(out, config)
+    write_tables(out, rows, config, source)
+    console.print(_table(rows, config))
+    say(f"Written to {out}: ladder.md, ladder.html, ladder.json")
+    return 0
+
+
+def _source(words: Sequence[str]) -> tuple[Path, list[str]]:
+    """The pre-trained run, and the other words with a preset among them."""
+    given = [word for word in words if word.startswith("from=")]
+    if len(given) != 1 or given[0] == "from=":
+        raise UserError("ladder needs from=RUN, the folder of a pre-training run, once.")
+    source = Path(given[0].partition("=")[2])
+    if not (source / "config.yaml").is_file():
+        raise UserError(f"from={source} is not a run folder: it has no config.yaml.")
+    rest = [word for word in words if word not in given]
+    for key in ("stage", "seed", "resume", "finetune.weights"):
+        if clash := [word for word in rest if word.startswith(f"{key}=")]:
+            raise UserError(f"{clash[0]}: ladder sets {key} of each cell itself.")
+    if not any(word.startswith("preset=") for word in rest):
+        rest.append(f"preset={_preset(source)}")
+    return source, rest
+
+
+def _preset(source: Path) -> str:
+    """Of fine-tuning on transcripts, for the network of a run. Raises UserError where none is made for it."""
+    from d2v_audio.modality import AudioModality
+
+    of_run = str(read_yaml(source / "config.yaml").get("preset", ""))
+    there = sorted(path.stem for path in (AudioModality.recipes() / "finetune").glob("ctc*.yaml"))
+    for name in (f"ctc_{of_run}", f"ctc_{of_run.rstrip('2')}"):
+        if name in there:
+            return name
+    raise UserError(
+        f"No preset of fine-tuning is made for preset={of_run} of {source}. Give one of: {', '.join(there)}."
+    )
+
+
+def _check(config: LadderConfig) -> None:
+    config.decode.check()
+    if config.seeds < 1:
+        raise UserError(f"seeds={config.seeds} must be at least 1.")
+    for key in ("labels", "lm", "weights"):
+        values = getattr(config, key)
+        if len(set(values)) < len(values) or (key != "labels" and not values):
+            raise UserError(f"{key}={values} must name at least one thing, each once.")
+    if unknown := [name for name in config.weights if name not in NAMES]:
+        raise UserError(f"weights={unknown[0]} must be one of: {', '.join(NAMES)}.")
+    if len({_short(lm) for lm in config.lm}) < len(config.lm):
+        raise UserError(f"lm={config.lm}: two of the files have the same name. Rename one.")
+    for lm in config.lm:
+        if lm != "none" and not re.fullmatch(r"\d+gram", lm) and not Path(lm).expanduser().is_file():
+            raise UserError(f"lm={lm} is neither none, nor 4gram or the like, nor a file.")
+        if Path(lm).expanduser().is_file() and not is_binary(lm):
+            arpa_words(Path(lm).expanduser())  # broken ones are refused before the first run
+
+
+def _short(lm: str) -> str:
+    return Path(lm).name.split(".")[0]
+
+
+def cell_folder(out: Path, labels: str, seed: int, weights: str) -> Path:
+    return out / f"{weights}-{labels.replace('%', 'pc')}-seed{seed}"
+
+
+def _evaluation(folder: Path, config: LadderConfig, lm: str) -> Path:
+    return folder / f"evaluate-{config.part}-{_short(lm)}"
+
+
+def _cell(
+    out: Path,
+    source: Path,
+    config: LadderConfig,
+    rest: Sequence[str],
+    labels: str,
+    seed: int,
+    weights: str,
+    say: Callable[[str], None],
+) -> int:
+    """Fine-tune, then evaluate with each language model, as far as that is not done yet."""
+    from d2v_core import cli
+
+    folder = cell_folder(out, labels, seed, weights)
+    amount = [] if labels == "all" else [f"labels={labels}"]
+    status = cli.main(["run", "stage=finetune", f"from={source}", f"seed={seed}", f"finetune.weights={weights}",
+                       f"out={folder}", "resume=auto", *amount, *rest])  # fmt: skip
+    if status:
+        return status
+    for lm in config.lm:
+        done = _evaluation(folder, config, lm)
+        if (done / RESULT).is_file():
+            continue
+        part = done.with_name(f"{done.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a ladder that was stopped while it wrote this
+        own = EvaluateConfig(part=config.part, lm=lm, decode=config.decode, out=str(part))
+        own.lexicon = None if lm == "none" else config.lexicon
+        if lm == "none":  # greedy
+            own.decode = SearchConfig()
+        evaluate(folder, own, None, say)
+        part.rename(done)
+    return 0
+
+
+def collect(out: Path, config: LadderConfig) -> list[Row]:
+    """From the evaluations of all cells to the rows of the table."""
+    from d2v_audio.wer import Edits, compare, letter_edits, score, total, word_edits
+
+    rows: list[Row] = []
+    for labels, lm in product(config.labels or ["all"], config.lm):
+        rates: dict[str, list[float]] = {}
+        scores: dict[str, Score] = {}
+        letters: dict[str, float] = {}
+        pooled: dict[str, list[Edits]] = {}
+        speakers: list[str | None] = []
+        for weights in config.weights:
+            found = [
+                list(read_hypotheses(_evaluation(cell_folder(out, labels, seed, weights), config, lm)).values())
+                for seed in range(config.seeds)
+            ]
+            words = [word_edits([o.reference for o in one], [o.hypothesis for o in one]) for one in found]
+            flat = [one for run in found for one in run]
+            speakers = [one.speaker or None for one in flat]
+            pooled[weights] = [edits for run in words for edits in run]
+            rates[weights] = [round(total(run).rate, 3) for run in words]
+            scores[weights] = score(pooled[weights], speakers)
+            spelled = letter_edits([one.reference for one in flat], [one.hypothesis for one in flat])
+            letters[weights] = round(total(spelled).rate, 3)
+        first, last = config.weights[0], config.weights[-1]
+        gain = compare(pooled[first], pooled[last], speakers) if first != last else None
+        rows.append(Row(labels, lm, rates, scores, letters, gain))
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- the tables
+
+
+def _head(config: LadderConfig) -> list[str]:
+    columns = [f"{NAMES[weights]} (95 %)" for weights in config.weights]
+    return ["labels", "LM", *columns, *(["difference (95 %)", "p"] if len(config.weights) > 1 else [])]
+
+
+def _cells(row: Row, config: LadderConfig) -> list[str]:
+    """The cells of a row: a rate with its interval and, where there are several seeds, their range."""
+    cells = [row.labels, _short(row.lm)]
+    for weights in config.weights:
+        score, rates = row.scores[weights], row.rates[weights]
+        seeds = f"; seeds {min(rates):.1f} to {max(rates):.1f}" if len(rates) > 1 else ""
+        cells.append(f"{score.total.rate:.1f} ({score.low:.1f} to {score.high:.1f}{seeds})")
+    if row.gain is not None:
+        cells += [f"{row.gain.difference:+.1f} ({row.gain.low:+.1f} to {row.gain.high:+.1f})", f"{row.gain.p:.4f}"]
+    return cells
+
+
+def _title(rows: Sequence[Row], config: LadderConfig, source: Path) -> str:
+    seeds = "1 seed" if config.seeds == 1 else f"mean of {config.seeds} seeds"
+    resampled = next(iter(rows[0].scores.values())).resampled
+    return f"{source}: word error rate on the {config.part} part, %; {seeds}, intervals over {resampled}"
+
+
+def _table(rows: Sequence[Row], config: LadderConfig) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Word error rate, %", title_justify="left")
+    for name in _head(config):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*_cells(row, config))
+    return table
+
+
+def write_tables(out: Path, rows: Sequence[Row], config: LadderConfig, source: Path) -> None:
+    """ladder.json, ladder.md and ladder.html; each is written anew."""
+    from d2v_audio import report
+    from d2v_core.metrics import write_json
+
+    head, cells, title = _head(config), [_cells(row, config) for row in rows], _title(rows, config, source)
+    lines = [title + ".", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
+    (out / "ladder.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    body = [f"<h1>{escape(title)}</h1>", plot(rows, config), report.table(head, cells)]
+    report.write_page(out / "ladder.html", f"d2v ladder {source}", body)
+    write_json(out / "ladder.json", {
+        "from": str(source), "part": config.part, "seeds": config.seeds, "rows": [_row(row) for row in rows],
+    })  # fmt: skip
+
+
+def _row(row: Row) -> Mapping[str, Any]:
+    weights = {
+        name: {
+            "wer": round(score.total.rate, 3), "low": round(score.low, 3), "high": round(score.high, 3),
+            "wer_of_seeds": row.rates[name], "cer": row.letters[name],
+        }
+        for name, score in row.scores.items()
+    }  # fmt: skip
+    gain = None if row.gain is None else row.gain.__dict__
+    return {"labels": row.labels, "lm": row.lm, "weights": weights, "gain": gain}
+
+
+def plot(rows: Sequence[Row], config: LadderConfig) -> str:
+    """Word error rates over amounts of labels as SVG, a line for each kind of weights and language model."""
+    width, height, left, bottom, right = 460, 300, 44, 30, 210
+    labels = list(dict.fromkeys(row.labels for row in rows))
+    top = max([100.0, *(score.high for row in rows for score in row.scores.values())])
+    step = (width - left) / len(labels)
+
+    def y(rate: float) -> float:
+        return (height - bottom) * (1 - rate / top) + 8
+
+    shapes = [
+        f'<line x1="{left}" y1="{y(tick):.1f}" x2="{width}" y2="{y(tick):.1f}" stroke="currentColor" opacity="0.2"/>'
+        f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick}</text>'
+        for tick in range(0, int(top) + 1, 20)
+    ]
+    for i, name in enumerate(labels):
+        x = left + (i + 0.5) * step
+        shapes.append(f'<text x="{x:.1f}" y="{height}" text-anchor="middle">{escape(name)}</text>')
+    curves = list(product(config.weights, config.lm))
+    for number, (weights, lm) in enumerate(curves):
+        shift = (number - (len(curves) - 1) / 2) * 5  # so that intervals do not cover each other
+        stroke = f'stroke="{COLOURS[weights]}" stroke-dasharray="{DASHES[config.lm.index(lm) % len(DASHES)]}"'
+        points: list[str] = []
+        for row in (row for row in rows if row.lm == lm):
+            score, x = row.scores[weights], left + (labels.index(row.labels) + 0.5) * step + shift
+            points.append(f"{x:.1f},{y(score.total.rate):.1f}")
+            shapes.append(f'<path d="M{x:.1f} {y(score.low):.1f}V{y(score.high):.1f}" {stroke.split(" stroke-d")[0]}/>')
+            centre = f'cx="{x:.1f}" cy="{y(score.total.rate):.1f}"'
+            shapes.append(f'<circle {centre} r="3.5" fill="{COLOURS[weights]}"/>')
+        shapes.append(f'<polyline points="{" ".join(points)}" fill="none" stroke-width="2" {stroke}/>')
+        place = 16 + number * 20
+        shapes.append(f'<path d="M{width + 14} {place}h28" stroke-width="2" {stroke}/>')
+        shapes.append(f'<text x="{width + 48}" y="{place + 4}">{NAMES[weights]}, LM {escape(_short(lm))}</text>')
+    size = f'width="{width + right}" height="{height + 8}" viewBox="0 0 {width + right} {height + 8}"'
+    return f"<svg {size}>{''.join(shapes)}</svg>"
