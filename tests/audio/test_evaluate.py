@@ -213,7 +213,7 @@ def test_captions_end_at_pauses_and_lengths() -> None:
 
 
 def test_a_ladder_and_its_continuation(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    words = [f"from={place}/pre", f"data.path={place}/table.tsv", "labels=[6,8]", "lm=[none,1gram]", "seeds=2"]
+    words = [f"from={place}/pre", f"data.path={place}/table.tsv", "labels=[6]", "lm=[none,1gram]", "seeds=2"]
     words += ["decode.beam=5", "decode.engine=builtin", f"out={place}/ladder", *TUNE]
     done: list[Path] = []
     real = ladder.evaluate
@@ -231,13 +231,11 @@ def test_a_ladder_and_its_continuation(place: Path, monkeypatch: pytest.MonkeyPa
     done.clear()
     monkeypatch.setattr(ladder, "evaluate", lambda *args: (done.append(args[0]), real(*args))[1])
     assert ladder.main(words) == 0
-    assert len(done) == 2 * 2 * 2 * 2 - 3
+    assert len(done) == 2 * 2 * 2 - 3
     out = capsys.readouterr().out
-    assert "pre-trained (95 %)" in out
+    assert "pre-trained" in out and "seeds" in out
     table = json.loads((place / "ladder" / "ladder.json").read_text())
-    assert [(row["labels"], row["lm"]) for row in table["rows"]] == [
-        ("6", "none"), ("6", "1gram"), ("8", "none"), ("8", "1gram"),
-    ]  # fmt: skip
+    assert [(row["labels"], row["lm"]) for row in table["rows"]] == [("6", "none"), ("6", "1gram")]
     for row in table["rows"]:
         for name, one in row["weights"].items():
             cells = [place / "ladder" / f"{name}-{row['labels']}-seed{seed}" for seed in range(2)]
@@ -248,7 +246,7 @@ def test_a_ladder_and_its_continuation(place: Path, monkeypatch: pytest.MonkeyPa
         pre, un = row["weights"]["student"]["wer"], row["weights"]["untrained"]["wer"]
         assert row["gain"]["difference"] == pytest.approx(pre - un, abs=1e-2)
     text = (place / "ladder" / "ladder.md").read_text()
-    assert text.count("\n| ") == 5
+    assert text.count("\n| ") == 3
     page = (place / "ladder" / "ladder.html").read_text()
     assert "<svg" in page and page.count("<polyline") == 4
     done.clear()

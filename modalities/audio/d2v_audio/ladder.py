@@ -100,22 +100,25 @@ def ladder(config: LadderConfig, rest: Sequence[str]) -> int:
     _check(config)
     out = Path(config.out).expanduser() if config.out else source / "ladder"
     amounts = config.labels or ["all"]
+    preset = next((word.partition("=")[2] for word in rest if word.startswith("preset=")), None)
+    presets = {labels: preset or _preset(source, labels) for labels in amounts}
+    rest = [word for word in rest if not word.startswith("preset=")]
     cells = list(product(amounts, range(config.seeds), config.weights))
     for number, (labels, seed, weights) in enumerate(cells, 1):
         say(f"\nCell {number} of {len(cells)}: {NAMES[weights]}, labels {labels}, seed {seed}")
-        status = _cell(out, source, config, rest, labels, seed, weights, say)
+        status = _cell(out, source, config, [*rest, f"preset={presets[labels]}"], labels, seed, weights, say)
         if status:
             say(f"The ladder goes on from here by the same command; its cells lie in {out}.")
             return status
     rows = collect(out, config)
     write_tables(out, rows, config, source)
-    console.print(_table(rows, config))
+    console.print(_table(rows, config, _title(rows, config, source)))
     say(f"Written to {out}: ladder.md, ladder.html, ladder.json")
     return 0
 
 
 def _source(words: Sequence[str]) -> tuple[Path, list[str]]:
-    """The pre-trained run, and the other words with a preset among them."""
+    """The pre-trained run, and the other words."""
     given = [word for word in words if word.startswith("from=")]
     if len(given) != 1 or given[0] == "from=":
         raise UserError("ladder needs from=RUN, the folder of a pre-training run, once.")
@@ -126,22 +129,22 @@ def _source(words: Sequence[str]) -> tuple[Path, list[str]]:
     for key in ("stage", "seed", "resume", "finetune.weights"):
         if clash := [word for word in rest if word.startswith(f"{key}=")]:
             raise UserError(f"{clash[0]}: ladder sets {key} of each cell itself.")
-    if not any(word.startswith("preset=") for word in rest):
-        rest.append(f"preset={_preset(source)}")
     return source, rest
 
 
-def _preset(source: Path) -> str:
-    """Of fine-tuning on transcripts, for the network of a run. Raises UserError where none is made for it."""
+def _preset(source: Path, labels: str) -> str:
+    """Of fine-tuning a run on an amount of transcripts. Raises UserError where none is made for that."""
     from d2v_audio.modality import AudioModality
 
     of_run = str(read_yaml(source / "config.yaml").get("preset", ""))
-    there = sorted(path.stem for path in (AudioModality.recipes() / "finetune").glob("ctc*.yaml"))
-    for name in (f"ctc_{of_run}", f"ctc_{of_run.rstrip('2')}"):
+    there = sorted(path.stem for path in (AudioModality.recipes() / "finetune").glob("*_*.yaml"))
+    stems = dict.fromkeys((of_run, of_run.rstrip("2")))
+    for name in (name for stem in stems for name in (f"{stem}_{labels}", f"ctc_{stem}")):
         if name in there:
             return name
     raise UserError(
-        f"No preset of fine-tuning is made for preset={of_run} of {source}. Give one of: {', '.join(there)}."
+        f"No preset of fine-tuning is made for preset={of_run} (that of {source}) and labels {labels}. Give one of: "
+        f"preset={', '.join(there)}."
     )
 
 
@@ -244,17 +247,17 @@ def collect(out: Path, config: LadderConfig) -> list[Row]:
 
 
 def _head(config: LadderConfig) -> list[str]:
-    columns = [f"{NAMES[weights]} (95 %)" for weights in config.weights]
-    return ["labels", "LM", *columns, *(["difference (95 %)", "p"] if len(config.weights) > 1 else [])]
+    columns = [NAMES[weights] for weights in config.weights]
+    return ["labels", "LM", *columns, *(["difference", "p"] if len(config.weights) > 1 else [])]
 
 
 def _cells(row: Row, config: LadderConfig) -> list[str]:
-    """The cells of a row: a rate with its interval and, where there are several seeds, their range."""
+    """The cells of a row: a rate with its interval and, where there are several seeds, their range in a second line."""
     cells = [row.labels, _short(row.lm)]
     for weights in config.weights:
         score, rates = row.scores[weights], row.rates[weights]
-        seeds = f"; seeds {min(rates):.1f} to {max(rates):.1f}" if len(rates) > 1 else ""
-        cells.append(f"{score.total.rate:.1f} ({score.low:.1f} to {score.high:.1f}{seeds})")
+        seeds = f"\nseeds {min(rates):.1f} to {max(rates):.1f}" if len(rates) > 1 else ""
+        cells.append(f"{score.total.rate:.1f} ({score.low:.1f} to {score.high:.1f}){seeds}")
     if row.gain is not None:
         cells += [f"{row.gain.difference:+.1f} ({row.gain.low:+.1f} to {row.gain.high:+.1f})", f"{row.gain.p:.4f}"]
     return cells
@@ -263,13 +266,13 @@ def _cells(row: Row, config: LadderConfig) -> list[str]:
 def _title(rows: Sequence[Row], config: LadderConfig, source: Path) -> str:
     seeds = "1 seed" if config.seeds == 1 else f"mean of {config.seeds} seeds"
     resampled = next(iter(rows[0].scores.values())).resampled
-    return f"{source}: word error rate on the {config.part} part, %; {seeds}, intervals over {resampled}"
+    return f"{source}: word error rate on the {config.part} part, %; {seeds}, 95 % intervals over {resampled}"
 
 
-def _table(rows: Sequence[Row], config: LadderConfig) -> Any:
+def _table(rows: Sequence[Row], config: LadderConfig, title: str) -> Any:
     from rich.table import Table
 
-    table = Table(title="Word error rate, %", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for name in _head(config):
         table.add_column(name)
     for row in rows:
@@ -282,7 +285,8 @@ def write_tables(out: Path, rows: Sequence[Row], config: LadderConfig, source: P
     from d2v_audio import report
     from d2v_core.metrics import write_json
 
-    head, cells, title = _head(config), [_cells(row, config) for row in rows], _title(rows, config, source)
+    head, title = _head(config), _title(rows, config, source)
+    cells = [[cell.replace("\n", "; ") for cell in _cells(row, config)] for row in rows]
     lines = [title + ".", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in cells]
     (out / "ladder.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
