@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from d2v_core import __version__, plugins
@@ -13,7 +14,8 @@ from d2v_core.errors import UserError
 
 HELP = f"""d2v {__version__}: data2vec for any modality
 
-  d2v run modality=NAME [key=value ...]      pre-train; with no data.path on the modality's own built-in data
+  d2v run modality=NAME [key=value ...]      pre-train; with no data.path on the modality's own built-in data, and
+                                             with what follows there, as stage=all does (not: stage=pretrain)
   d2v run stage=finetune from=RUN data.path=LABELLED [...]
                                              train a pre-trained network on a labelled task, and score it
   d2v run stage=probe from=RUN data.path=LABELLED [...]
@@ -106,6 +108,15 @@ def _plugin_command(verb: str, rest: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    from d2v_core.config import with_sequel
+
+    words, sequel = with_sequel(argv)
+    status, folder = _run_stage(words)
+    return sequel.run(folder) if sequel is not None and status == 0 else status
+
+
+def _run_stage(argv: Sequence[str]) -> tuple[int, Path]:
+    """Exit status and run folder."""
     from rich.console import Console
 
     from d2v_core.config import load_config
@@ -120,13 +131,13 @@ def _run(argv: Sequence[str]) -> int:
         console.print(
             f"{folder.path} is already complete; nothing to do.", soft_wrap=True, highlight=False, markup=False
         )
-        return 0
+        return 0, folder.path
     console.print(
         f"d2v {__version__}: {config.modality}, preset {config.preset}, in {folder.path}",
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip
     try:
-        return _stage(config.stage)(modality, folder.path, console).fit()
+        return _stage(config.stage)(modality, folder.path, console).fit(), folder.path
     except OSError as error:
         raise UserError(
             f"The run in {folder.path} stopped: {error}. If the disk is full, make room; then go on with "

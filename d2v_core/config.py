@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, 
 from d2v_core.errors import UserError
 
 if TYPE_CHECKING:
-    from d2v_core.contract import Modality
+    from d2v_core.contract import Modality, Sequel
 
 T = TypeVar("T")
 Norm = Literal["instance", "layer", "batch", "group"]
@@ -214,12 +214,15 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "probe": ("model", "train", "finetune"),
 }
 """Each stage, and the sections that mean something to it."""
+ALL = "all"
+"""Of `d2v run` alone: pre-training and its sequel."""
 KEYS: Mapping[str, tuple[Any, str]] = {
     "modality": ("", "What kind of data: a name that `d2v modalities` lists."),
     "preset": ("tiny", "Recipe of the modality: sizes and hyper-parameters."),
     "stage": (
         "pretrain",
-        "pretrain; finetune = train the network of `from` on a labelled task; probe = score its frozen features on it.",
+        "pretrain; finetune = train the network of `from` on a labelled task; probe = score its frozen features on it. "
+        "all = pretrain, then what the modality has to follow; `d2v run` without data and stage does so by itself.",
     ),
     "encoder": ("", "Feature encoder; empty = the recipe's."),
     "method": ("", "data2vec or data2vec2 where the modality has it; empty = the recipe's."),
@@ -319,6 +322,28 @@ def options(kind: type[T], argv: Sequence[str], verb: str) -> T:
         return cast("T", OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise UserError(f"{verb}: {_reason(error, kind, values)}\n`d2v {verb} --help` lists the options.") from None
+
+
+def with_sequel(argv: Sequence[str]) -> tuple[list[str], Sequel | None]:
+    """The words of the first stage of `d2v run`, and what follows it.
+
+    There is a sequel where stage=all asks for one, or where no stage is named and the modality has one for such a
+    command. Raises UserError.
+    """
+    from d2v_core import plugins
+
+    values = parse_arguments(argv)
+    stage, name = values.get("stage"), values.get("modality")
+    if stage not in (None, ALL):
+        return list(argv), None
+    sequel = plugins.load(name).sequel(values) if name else None
+    if sequel is None and stage == ALL:
+        raise UserError(
+            f"stage={ALL}: nothing follows pre-training in modality={name}. Take stage=pretrain, then stage=finetune."
+            if name else f"stage={ALL} needs modality=NAME."
+        )  # fmt: skip
+    owns = {"stage"} | (sequel.owns if sequel else set[str]())
+    return [word for word in argv if word.partition("=")[0].strip() not in owns], sequel
 
 
 def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig, type[Modality[Any]]]:

@@ -334,6 +334,18 @@ class MaskingPolicy(Protocol):
 
 
 @dataclass(frozen=True)
+class Sequel:
+    """What follows pre-training in the same command.
+
+    owns: the options, by key, that are its own and not pre-training's. run: from the folder of the finished run to the
+    exit status; what it makes belongs below that folder, and, called again, it goes on.
+    """
+
+    owns: frozenset[str]
+    run: Callable[[Path], int]
+
+
+@dataclass(frozen=True)
 class ProbeTask:
     """A small labelled task on which frozen features are scored by linear classification.
 
@@ -389,6 +401,15 @@ class Modality(ABC, Generic[SampleT]):
     @abstractmethod
     def recipes(cls) -> Path:
         """Folder of the presets, NAME.yaml each; those of fine-tuning in its sub-folder `finetune`."""
+
+    @classmethod
+    def sequel(cls, given: Mapping[str, str]) -> Sequel | None:
+        """What `stage=all`, or a command that names no stage, does after pre-training; None = nothing.
+
+        given: the options of the command. Raises UserError for those that cannot work.
+        """
+        del given
+        return None
 
     @abstractmethod
     def dataset(self, split: str) -> Dataset[SampleT]: ...

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from d2v_core import cli, plugins
-from d2v_core.config import KEYS, load_config
+from d2v_core.config import KEYS, load_config, with_sequel
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -92,7 +92,7 @@ def test_a_command_parses(page: str, words: list[str], capsys: pytest.CaptureFix
             names = [word for word in given if word.startswith("modality=")] or ["modality=audio"]
             (tmp_path / "config.yaml").write_text(load_config(names)[0].to_yaml())
             given.append(f"from={tmp_path}")
-        config, _ = load_config(given)
+        config, _ = load_config(with_sequel(given)[0])
         assert config.modality
     elif verb in {command.name for command in plugins.installed(plugins.COMMANDS)}:
         known = {name.strip("=") for name in _options_in_help(verb, capsys)}
@@ -105,7 +105,7 @@ def test_a_command_parses(page: str, words: list[str], capsys: pytest.CaptureFix
 
 def _options_in_help(verb: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     assert cli.main([verb, "--help"]) == 0
-    return re.findall(r"^  (\w+)[=:]", capsys.readouterr().out, re.MULTILINE)
+    return re.findall(r"^  ([\w.]+)[=:]", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_python_in_pages_is_python() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ from d2v_audio.evaluate import RESULT, EvaluateConfig, evaluate, read_hypotheses
 from d2v_audio.ngram import arpa_words
 from d2v_audio.words import SearchConfig
 from d2v_core.config import opt, options, read_yaml
+from d2v_core.contract import Sequel
 from d2v_core.errors import UserError
 from d2v_core.verbs import print_help
 
@@ -101,7 +102,8 @@ def ladder(config: LadderConfig, rest: Sequence[str]) -> int:
     out = Path(config.out).expanduser() if config.out else source / "ladder"
     amounts = config.labels or ["all"]
     preset = next((word.partition("=")[2] for word in rest if word.startswith("preset=")), None)
-    presets = {labels: preset or _preset(source, labels) for labels in amounts}
+    of_run = str(read_yaml(source / "config.yaml").get("preset", ""))
+    presets = {labels: preset or _preset(of_run, labels) for labels in amounts}
     rest = [word for word in rest if not word.startswith("preset=")]
     cells = list(product(amounts, range(config.seeds), config.weights))
     for number, (labels, seed, weights) in enumerate(cells, 1):
@@ -115,6 +117,39 @@ def ladder(config: LadderConfig, rest: Sequence[str]) -> int:
     console.print(_table(rows, config, _title(rows, config, source)))
     say(f"Written to {out}: ladder.md, ladder.html, ladder.json")
     return 0
+
+
+BUILT_IN = "ctc_built_in"
+LATER = ("finetune", "labelled", "transcripts", "augment")  # sections that pre-training has not
+SHARED = ("data.path", "data.max_bad_ratio", "data.verify", "train.num_threads", "train.num_workers", "train.device")
+
+
+def sequel(given: Mapping[str, str]) -> Sequel | None:
+    """After pre-training: what `d2v ladder` does with the same data and the options that are its own.
+
+    Without stage=all only on built-in data, for the preset that is made for it, and unless train.probe=false, which
+    asks for no scores. Raises UserError for options that cannot work.
+    """
+    built_in = not given.get("data.path") and given.get("preset", "tiny") == "tiny"
+    plain = built_in and not given.get("from") and given.get("train.probe", "true").lower() == "true"
+    if given.get("stage") is None and not plain:
+        return None
+    words = {key: value for key, value in given.items() if re.split(r"[.]", key)[0] in OWN and key != "out"}
+    later = {key: value for key, value in given.items() if key.split(".")[0] in LATER}
+    config = options(LadderConfig, [f"{key}={value}" for key, value in words.items()], "run stage=all")
+    if "lm" not in words:
+        config.lm = ["none", "2gram" if built_in else "4gram"]
+    _check(config)
+    preset = BUILT_IN if built_in else None
+    for labels in config.labels or ["all"]:
+        preset or _preset(given.get("preset", "tiny"), labels)
+    rest = [f"{key}={value}" for key, value in later.items()]
+    rest += [f"{key}={given[key]}" for key in SHARED if key in given] + ([f"preset={preset}"] if preset else [])
+
+    def run(folder: Path) -> int:
+        return ladder(replace(config, out=str(folder / "words")), [f"from={folder}", *rest])
+
+    return Sequel(frozenset({*words, *later}), run)
 
 
 def _source(words: Sequence[str]) -> tuple[Path, list[str]]:
@@ -132,19 +167,18 @@ def _source(words: Sequence[str]) -> tuple[Path, list[str]]:
     return source, rest
 
 
-def _preset(source: Path, labels: str) -> str:
+def _preset(of_run: str, labels: str) -> str:
     """Of fine-tuning a run on an amount of transcripts. Raises UserError where none is made for that."""
     from d2v_audio.modality import AudioModality
 
-    of_run = str(read_yaml(source / "config.yaml").get("preset", ""))
     there = sorted(path.stem for path in (AudioModality.recipes() / "finetune").glob("*_*.yaml"))
     stems = dict.fromkeys((of_run, of_run.rstrip("2")))
     for name in (name for stem in stems for name in (f"{stem}_{labels}", f"ctc_{stem}")):
         if name in there:
             return name
     raise UserError(
-        f"No preset of fine-tuning is made for preset={of_run} (that of {source}) and labels {labels}. Give one of: "
-        f"preset={', '.join(there)}."
+        f"No preset of fine-tuning is made for preset={of_run} and labels {labels}. Give one of: preset="
+        f"{', '.join(there)}."
     )
 
 

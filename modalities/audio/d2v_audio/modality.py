@@ -34,6 +34,7 @@ from d2v_core.contract import (
     Part,
     Predictor,
     ProbeTask,
+    Sequel,
     Task,
 )
 from d2v_core.decoder import ConvDecoder, DecoderConfig
@@ -105,6 +106,13 @@ class AudioModality(Modality[AudioSample]):
     @classmethod
     def recipes(cls) -> Path:
         return Path(__file__).parent / "recipes"
+
+    @classmethod
+    def sequel(cls, given: Mapping[str, str]) -> Sequel | None:
+        """Fine-tuning on transcripts, pre-trained and untrained, and the word error rates of both."""
+        from d2v_audio.ladder import sequel
+
+        return sequel(given)
 
     def dataset(self, split: str) -> Dataset[AudioSample]:
         return open_dataset(self.data, split, self.config.seed, self.min_samples)
