@@ -91,6 +91,7 @@ def main(argv: Sequence[str]) -> int:
     words = list(argv)
     if not words or {"-h", "--help"} & set(words):
         print_help(HELP, EvaluateConfig)
+        print("  data.path=null: other data to score; null = what the run was fine-tuned on.")
         return 0
     run, config, given = run_words(words, "evaluate", EvaluateConfig)
     from rich.console import Console

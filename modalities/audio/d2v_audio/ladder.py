@@ -79,8 +79,9 @@ def main(argv: Sequence[str]) -> int:
     words = list(argv)
     if not words or {"-h", "--help"} & set(words):
         print_help(HELP, LadderConfig)
-        print("  from=RUN: the folder of a pre-training run.\n  preset=null: of d2v run stage=finetune; null = the one "
-              "for the network of the run.")  # fmt: skip
+        print("  from=RUN: the folder of a pre-training run.")
+        print("  data.path=null: transcribed data; null = built-in utterances.")
+        print("  preset=null: of d2v run stage=finetune; null = the one for the network of the run.")
         return 0
     own = [word for word in words if re.split(r"[.=]", word)[0] in OWN]
     config = options(LadderConfig, own, "ladder")
