@@ -142,8 +142,8 @@ def sequel(given: Mapping[str, str]) -> Sequel | None:
         config.lm = ["none", "2gram" if built_in else "4gram"]
     _check(config)
     preset = BUILT_IN if built_in else None
-    for labels in config.labels or ["all"]:
-        preset or _preset(given.get("preset", "tiny"), labels)
+    for labels in [] if built_in else config.labels or ["all"]:
+        _preset(given.get("preset", "tiny"), labels)  # refuses what no preset is made for
     rest = [f"{key}={value}" for key, value in later.items()]
     rest += [f"{key}={given[key]}" for key in SHARED if key in given] + ([f"preset={preset}"] if preset else [])
 
