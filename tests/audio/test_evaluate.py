@@ -251,6 +251,8 @@ def test_a_ladder_and_its_continuation(place: Path, monkeypatch: pytest.MonkeyPa
     assert "<svg" in page and page.count("<polyline") == 4
     done.clear()
     assert ladder.main(words) == 0 and not done  # nothing is done twice
+    with pytest.raises(UserError, match="was scored with other options"):
+        ladder.main([*(word for word in words if word != "decode.beam=5"), "decode.beam=6"])
 
 
 @pytest.mark.parametrize(

@@ -154,13 +154,13 @@ def evaluate(
             "run": str(run), "step": recognizer.step, "part": config.part,
             "data": recognizer.modality.data.path if not given else dict(given),
             "utterances": len(spoken.ids), "minutes": round(sum(spoken.seconds) / 60, 2), "skipped": spoken.skipped,
-            **rates(spoken.references, hypotheses, spoken.speakers),
+            "options": chosen(config), **rates(spoken.references, hypotheses, spoken.speakers),
             "decode": _decoding(config, decoder, record),
         }  # fmt: skip
         if decoder is not None:
             result["decode"] |= _not_in(decoder.lexicon.words, spoken.references, say)
         if other is not None:
-            theirs = other.hypotheses(spoken.ids, spoken.references, config, given, record, say)
+            theirs = other.hypotheses(spoken.ids, spoken.references, config, given, say)
             result["against"] = {"other": config.against, **paired(spoken, hypotheses, theirs)}
         result["wall_seconds"] = round(time.perf_counter() - began, 1)
         _write_lines(out, spoken, heard, recognizer)
@@ -324,7 +324,6 @@ class _Other:
         references: Sequence[str],
         config: EvaluateConfig,
         given: Mapping[str, str] | None,
-        record: Mapping[str, Any] | None,
         say: Callable[[str], None],
     ) -> list[str]:
         """In the order of ids. Raises UserError where the other knows other utterances."""
@@ -370,6 +369,11 @@ def _drop(out: Path) -> None:
         for child in out.iterdir():
             child.unlink()
         out.rmdir()
+
+
+def chosen(config: EvaluateConfig) -> dict[str, Any]:
+    """The options that the numbers of an evaluation depend on."""
+    return {"part": config.part, "lm": config.lm, "lexicon": config.lexicon, "decode": asdict(config.decode)}
 
 
 def _decoding(config: EvaluateConfig, decoder: Any, record: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ again, and a run that was stopped goes on: the same command continues.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2v_audio.decode import is_binary
-from d2v_audio.evaluate import RESULT, EvaluateConfig, evaluate, read_hypotheses
+from d2v_audio.evaluate import RESULT, EvaluateConfig, chosen, evaluate, read_hypotheses
 from d2v_audio.ngram import arpa_words
 from d2v_audio.words import SearchConfig
 from d2v_core.config import opt, options, read_yaml
@@ -235,17 +236,32 @@ def _cell(
         return status
     for lm in config.lm:
         done = _evaluation(folder, config, lm)
-        if (done / RESULT).is_file():
-            continue
         part = done.with_name(f"{done.name}.part")
+        own = EvaluateConfig(part=config.part, lm=lm, out=str(part))
+        if lm != "none":  # else greedy
+            own.lexicon, own.decode = config.lexicon, config.decode
+        if (done / RESULT).is_file():
+            _compare(done, chosen(own))
+            continue
         shutil.rmtree(part, ignore_errors=True)  # of a ladder that was stopped while it wrote this
-        own = EvaluateConfig(part=config.part, lm=lm, decode=config.decode, out=str(part))
-        own.lexicon = None if lm == "none" else config.lexicon
-        if lm == "none":  # greedy
-            own.decode = SearchConfig()
         evaluate(folder, own, None, say)
         part.rename(done)
     return 0
+
+
+def _compare(done: Path, now: Mapping[str, Any]) -> None:
+    """Raises UserError where an evaluation was made with other options."""
+    try:
+        before = json.loads((done / RESULT).read_text(encoding="utf-8"))["options"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{done / RESULT} cannot be read ({error}). Remove the folder {done}, and it is made anew."
+        ) from None
+    now = json.loads(json.dumps(now))
+    if before != now:
+        raise UserError(
+            f"{done} was scored with other options (stored {before}, now {now}). Give the stored ones, or another out="
+        )
 
 
 def collect(out: Path, config: LadderConfig) -> list[Row]:

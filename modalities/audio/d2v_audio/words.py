@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,8 +168,3 @@ def tune(
     chosen = {name: best[0][name] for name in WEIGHTS}
     record = {"utterances": len(references), **chosen, "dev_wer": best[0]["wer"], "trials": trials}
     return Tuned(best[1], record)
-
-
-def with_weights(config: SearchConfig, record: dict[str, Any]) -> SearchConfig:
-    """The search with weights that were tuned before."""
-    return replace(config, tune=False, **{name: float(record[name]) for name in WEIGHTS})
