@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,13 @@ def test_what_an_evaluation_leaves(place: Path, capsys: pytest.CaptureFixture[st
     assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"<script|https?://(?!www\.w3\.org)|<link", page)
     assert all(f"<h2>test/{i}.wav</h2>" in page for i in range(4))
+    drawings = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page)]
+    assert len(drawings) == 4
+    for drawing in drawings:
+        (image,) = drawing.findall("image")
+        assert image.get("width") == drawing.get("width")
+        places = [float(text.get("x", "nan")) for text in drawing.findall("text")]
+        assert places and all(0 <= x <= float(drawing.get("width", "0")) for x in places)
 
 
 def test_a_language_model_tuned_on_dev(place: Path, quiet: Any) -> None:
@@ -248,7 +256,8 @@ def test_a_ladder_and_its_continuation(place: Path, monkeypatch: pytest.MonkeyPa
     text = (place / "ladder" / "ladder.md").read_text()
     assert text.count("\n| ") == 3
     page = (place / "ladder" / "ladder.html").read_text()
-    assert "<svg" in page and page.count("<polyline") == 4
+    (svg,) = re.findall(r"<svg.*?</svg>", page)
+    assert len(ElementTree.fromstring(svg).findall("polyline")) == 4
     done.clear()
     assert ladder.main(words) == 0 and not done  # nothing is done twice
     with pytest.raises(UserError, match="was scored with other options"):

@@ -101,7 +101,9 @@ def main(argv: Sequence[str]) -> int:
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    console.print(_table(evaluate(run, config, given, say)))
+    out = _folder(run, config)
+    console.print(_table(evaluate(run, replace(config, out=str(out)), given, say)))
+    say(f"Results in {out}: {RESULT}, hypotheses.tsv, alignments.jsonl, report.html")
     return 0
 
 
@@ -169,7 +171,6 @@ def evaluate(
     except BaseException:
         _drop(out)
         raise
-    say(f"Results in {out}: {RESULT}, hypotheses.tsv, alignments.jsonl, report.html")
     return result
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -167,7 +168,7 @@ def _drawing(part: Part, spoken: Spoken, heard: Heard, i: int, recognizer: Recog
         shapes.append(f'<text x="{middle:.1f}" y="{bottom + ROW}" text-anchor="middle">{escape(name)}</text>')
     for word in times(heard, emissions, letters, clock):
         shapes.append(_word(word.text, word.start_s, word.end_s, bottom + 2 * ROW, bottom + ROW + 6))
-    for second in range(int(seconds) + 1):
+    for second in range(math.ceil(seconds - 0.15)):  # none at the very end, where it would be cut off
         x = second * PIXELS_PER_S
         shapes.append(f'<text x="{x + 2}" y="{bottom + 3 * ROW}" opacity="0.6">{second} s</text>')
     height = bottom + 3 * ROW + 6
