@@ -208,7 +208,8 @@ class _FlashlightDecoder:
                     blank_token=letters.symbols[BLANK], sil_token=BOUNDARY,
                 )  # fmt: skip
             except RuntimeError as error:  # what KenLM throws
-                raise UserError(f"LM={lm} cannot be read by KenLM: {error}. Make or fetch it again.") from None
+                reason = str(error).splitlines()[-1]
+                raise UserError(f"LM={lm} cannot be read by KenLM: {reason}. Make or fetch it again.") from None
 
     def weighted(self, lm_weight: float, word_score: float, sil_score: float) -> Decoder:
         config = replace(self._config, lm_weight=lm_weight, word_score=word_score, sil_score=sil_score)
