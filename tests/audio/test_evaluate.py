@@ -177,6 +177,9 @@ def test_transcribe(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         transcribe.main(["run", "dev", "format=srt", "out=subtitles"])
     with pytest.raises(UserError, match="cannot share a file"):
         transcribe.main(["run", "dev", "format=srt"])
+    sf.write("short.wav", np.zeros(9), 16000)
+    with pytest.raises(UserError, match=r"short\.wav: .*9 samples"):
+        transcribe.main(["run", "short.wav"])
     Path("broken.wav").write_bytes(b"RIFF")
     with pytest.raises(UserError, match=r"broken\.wav"):
         transcribe.main(["run", "broken.wav"])

@@ -276,7 +276,7 @@ def test_every_preset_takes_two_steps(d2v: Run) -> None:
 
 @pytest.mark.slow
 def test_the_default_run_learns(tmp_path: Path) -> None:
-    """`d2v run modality=audio`: what it prints must be worth the two minutes."""
+    """`d2v run modality=audio`: what it prints must be worth the minutes."""
     done = subprocess.run(
         [sys.executable, "-m", "d2v_core", "run", "modality=audio", "out=run"],
         cwd=tmp_path, capture_output=True, text=True, timeout=1800,
@@ -289,3 +289,6 @@ def test_the_default_run_learns(tmp_path: Path) -> None:
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["target_std"] > 0.3
     assert "pretrained" in done.stdout
+    for row in json.loads((tmp_path / "run" / "words" / "ladder.json").read_text())["rows"]:
+        wer = {name: one["wer"] for name, one in row["weights"].items()}
+        assert wer["student"] < wer["untrained"], row

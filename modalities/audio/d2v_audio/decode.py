@@ -200,12 +200,16 @@ class _FlashlightDecoder:
                     file.writelines(f"{word} {' '.join(letters.symbols[i] for i in way)}\n" for way in ways)
             if isinstance(lm, Path):
                 lm = str(_unpacked(lm, Path(folder)))
-            self._decoder = ctc_decoder(
-                lexicon=str(spellings), tokens=list(letters.symbols), lm=lm, nbest=nbest, beam_size=config.beam,
-                beam_size_token=config.beam_size_token, beam_threshold=config.beam_threshold,
-                lm_weight=config.lm_weight, word_score=config.word_score, sil_score=config.sil_score,
-                blank_token=letters.symbols[BLANK], sil_token=BOUNDARY,
-            )  # fmt: skip
+            try:
+                self._decoder = ctc_decoder(
+                    lexicon=str(spellings), tokens=list(letters.symbols), lm=lm, nbest=nbest, beam_size=config.beam,
+                    beam_size_token=config.beam_size_token, beam_threshold=config.beam_threshold,
+                    lm_weight=config.lm_weight, word_score=config.word_score, sil_score=config.sil_score,
+                    blank_token=letters.symbols[BLANK], sil_token=BOUNDARY,
+                )  # fmt: skip
+            except RuntimeError as error:  # what KenLM throws
+                reason = str(error).splitlines()[-1]
+                raise UserError(f"LM={lm} cannot be read by KenLM: {reason}. Make or fetch it again.") from None
 
     def weighted(self, lm_weight: float, word_score: float, sil_score: float) -> Decoder:
         config = replace(self._config, lm_weight=lm_weight, word_score=word_score, sil_score=sil_score)

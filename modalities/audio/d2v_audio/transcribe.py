@@ -187,7 +187,11 @@ def main(argv: Sequence[str]) -> int:
         lm = language_model(config.lm, lambda: training_texts(run), Path(folder))
         decoder = open_decoder(recognizer.letters, config.decode, lm, config.lexicon, _aside)
     for name, path in clips.items():
-        found = transcribe(recognizer, recognizer.read(path), decoder, config.chunk_s, config.overlap_s)
+        waveform = recognizer.read(path)
+        try:
+            found = transcribe(recognizer, waveform, decoder, config.chunk_s, config.overlap_s)
+        except UserError as error:  # it knows a waveform, not a file
+            raise UserError(f"{name}: {error}") from None
         text = written(found, config.format, name)
         if targets:
             targets[name].write_text(text, encoding="utf-8")
