@@ -356,18 +356,6 @@ class Sequel:
 
 
 @dataclass(frozen=True)
-class Sequel:
-    """What follows pre-training in the same command.
-
-    owns: the options, by key, that are its own and not pre-training's. run: from the folder of the finished run to the
-    exit status; what it makes belongs below that folder, and, called again, it goes on.
-    """
-
-    owns: frozenset[str]
-    run: Callable[[Path], int]
-
-
-@dataclass(frozen=True)
 class ProbeTask:
     """A small labelled task on which frozen features are scored by linear classification.
 
