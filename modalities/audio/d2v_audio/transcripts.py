@@ -204,7 +204,8 @@ def _built_in(modality: AudioModality, labelled: LabelledConfig, config: Transcr
     def part(utterances: Utterances) -> LabelledPart[AudioSample]:
         return LabelledPart(utterances, sequences([letters.encode(text, UNK) for text in utterances.transcripts]))
 
-    dev, test = part(Utterances("dev", count // 4, rate)), part(Utterances("test", count // 2, rate))
+    # Twice as much to test on as to train on: it is made on the spot, and what is compared should not be chance.
+    dev, test = part(Utterances("dev", count // 4, rate)), part(Utterances("test", 2 * count, rate))
     speaker_of = {spoken.id(i): speaker for i, speaker in enumerate(spoken.speakers)}
     return _task("built-in utterances", letters, rate, speaker_of, part(spoken), dev, test, left_out={})
 
