@@ -55,7 +55,8 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_a_run_leaves(d2v: Run) -> None:
-    out = d2v(base={"modality": "audio", "train.max_steps": "5", "data.synthetic_clips": "40", "out": "run"})
+    words = {"modality": "audio", "stage": "pretrain", "train.max_steps": "5", "data.synthetic_clips": "40"}
+    out = d2v(base={**words, "out": "run"})
     run = Path("run")
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard"
