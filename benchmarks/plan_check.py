@@ -41,7 +41,7 @@ FIXED = ("model.layer_drop=0", "train.num_threads=1")
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "text-1.0-small": ("modality=text", "preset=small"),
     "audio-1.0-small": ("modality=audio", "preset=small"),
-    "vision-2.0-tiny": ("modality=vision", "preset=tiny2"),
+    "vision-2.0-tiny": ("modality=vision", "preset=tiny"),
     "audio-1.0-base": ("modality=audio", "preset=base", "data.batch_s=8", "data.micro_batch_s=8"),
     "vision-1.0-base": ("modality=vision", "preset=base", "data.batch=2", "data.micro_batch=2"),
     "text-1.0-base": ("modality=text", "preset=base", "data.batch_tokens=512", "data.micro_batch_tokens=512"),

@@ -72,12 +72,12 @@ from hubert_peer import Hubert
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import __version__ as transformers_version  # pyright: ignore[reportMissingImports]
 
 from d2v_core import __version__ as d2v_version
 from d2v_core.config import RunConfig, load_config
 from d2v_core.contract import Batch, Layout, Modality
+from d2v_core.counting import flops_of
 from d2v_core.data2vec import Data2Vec
 from d2v_core.loop import AUTOCAST
 from d2v_core.run import build_model
@@ -333,15 +333,7 @@ class CountFlops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        kind = func._overloadpacket
-        if str(kind) == "aten.convolution_backward":  # torch's table counts grouped ones as if they were not
-            self.total += 2 * args[0].numel() * args[2][0].numel() * sum(args[10][:2])
-        elif kind in flop_registry:
-            self.total += flop_registry[kind](*args, **(kwargs or {}), out_val=out)
-        elif str(kind) == "mkldnn._linear_pointwise":  # oneDNN's products, which torch's table does not know
-            self.total += 2 * out.numel() * args[0].shape[-1]
-        elif str(kind) == "aten.mkldnn_convolution":
-            self.total += 2 * out.numel() * args[1][0].numel()
+        self.total += flops_of(func, args, kwargs or {}, out)
         return out
 
 
