@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from d2v_core.config import RunConfig, from_dict, load_config, read_yaml
 from d2v_core.contract import (
     BadSample,
     Dataset,
+    Modality,
 )
 from d2v_core.errors import UserError
 from d2v_core.hookspecs import CONTRACT_VERSION
@@ -97,17 +98,24 @@ def recipes(case: Case) -> str:
             if changed or again != config:
                 raise Broken(f"preset={preset} comes back from its YAML with other values: {changed or 'other types'}.")
             _say_what_each_option_means(config)
-        tiny, _ = load_config([f"modality={kind.name}"], lambda name: kind)
-        stored.write_text(tiny.to_yaml(), encoding="utf-8")
         for path in sorted((folder / "finetune").glob("*.yaml")):
-            try:
-                load_config(
-                    [f"modality={kind.name}", "stage=finetune", f"from={name}", f"preset={path.stem}"],
-                    lambda name: kind,
-                )
-            except UserError as error:
-                raise Broken(f"The preset {path.stem} of stage=finetune cannot be used: {error}") from error
+            _fits_some_preset(kind, path.stem, presets, Path(name))
     return ", ".join(presets)
+
+
+def _fits_some_preset(kind: type[Modality[Any]], preset: str, pre_trained: Sequence[str], folder: Path) -> None:
+    """Of fine-tuning: there is a pre-training preset whose runs it can start from, the default one or another."""
+    errors: list[UserError] = []
+    for source in sorted(pre_trained, key="tiny".__ne__):
+        run, _ = load_config([f"modality={kind.name}", f"preset={source}"], lambda name: kind)
+        (folder / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        words = [f"modality={kind.name}", "stage=finetune", f"from={folder}", f"preset={preset}"]
+        try:
+            load_config(words, lambda name: kind)
+            return
+        except UserError as error:
+            errors.append(error)
+    raise Broken(f"The preset {preset} of stage=finetune cannot be used: {errors[0]}") from errors[0]
 
 
 def _say_what_each_option_means(config: RunConfig) -> None:

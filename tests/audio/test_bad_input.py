@@ -187,7 +187,7 @@ def test_cuda_without_a_device(d2v: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
-        (["rum"], ["'rum' is not a command. There are: run, config, modalities", "Did you mean run?"]),
+        (["rum"], ["'rum' is not a command. There are: run, config, plan, profile, modalities", "Did you mean run?"]),
         (["run"], ["modality is missing: write for example `d2v run modality=NAME`", "Installed: audio"]),
         (["run", "modality=audio", "--steps", "5"], ["'--steps' is not of the form key=value", "train.max_steps=100"]),
         (["run", "modality=audio", "seed=1", "seed=2"], ["seed is given twice: '1' and '2'"]),

@@ -266,14 +266,14 @@ def decay_ramp_of_the_wrong_length(patch: pytest.MonkeyPatch) -> None:
 
 @step("after_ema.layers")
 def decay_taken_for_its_complement(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, EMATeacher, "update", lambda original, self, student, decay: original(self, student, 1 - decay))
+    wrap(patch, EMATeacher, "update", lambda original, self, student, decay, *rest: original(self, student, 1 - decay))
 
 
 @updates("after3.teacher.layers", "log 1 loss_mean")
 def teacher_moves_before_the_optimizer_does(patch: pytest.MonkeyPatch) -> None:
     before: list[nn.Module] = []
 
-    def update(original: Any, self: EMATeacher, student: nn.Module, decay: float) -> None:
+    def update(original: Any, self: EMATeacher, student: nn.Module, decay: float, *rest: object) -> None:
         original(self, before[-1] if before else student, decay)
         before.append(copy.deepcopy(student))
 
