@@ -55,7 +55,9 @@ class LabelledConfig:
         "In place of data.min_s: shorter clips are dropped and counted, seconds; two tokens are the least in any case.",
     )
     synthetic_clips: int = opt(
-        800, "Training clips of the built-in task; a quarter of it to choose on and half of it to test on come on top."
+        800,
+        "Training clips of the built-in task. A quarter as many to choose on come on top, and to test on half as many, or, "
+        "of transcripts, twice as many.",
     )
 
     def check(self, max_s: float) -> None:
