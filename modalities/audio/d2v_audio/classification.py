@@ -56,8 +56,8 @@ class LabelledConfig:
     )
     synthetic_clips: int = opt(
         800,
-        "Training clips of the built-in task. A quarter as many to choose on come on top, and to test on half as many, or, "
-        "of transcripts, twice as many.",
+        "Training clips of the built-in task. A quarter as many to choose on come on top, and to test on half as many "
+        "(of transcripts, twice as many).",
     )
 
     def check(self, max_s: float) -> None:
