@@ -60,7 +60,7 @@ def test_what_a_run_leaves(run: Path) -> None:
     assert 18 < spoken.sizes[chosen].sum() / 16000 < 22 and len(set(chosen)) == len(chosen)
     result = json.loads((run / "summary.json").read_text())["finetune"]
     told = predictions(run, "test")
-    assert len(told) == 20
+    assert len(told) == 80
     edits = total(word_edits([label for label, _ in told.values()], [heard for _, heard in told.values()]))
     assert result["test"]["wer"] == pytest.approx(edits.rate, abs=0.01)
     scores = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
@@ -70,7 +70,7 @@ def test_what_a_run_leaves(run: Path) -> None:
 
 def test_it_says_what_the_run_wrote(run: Path) -> None:
     recognizer = load_recognizer(run)
-    spoken = Utterances("test", 20, 16000)
+    spoken = Utterances("test", 80, 16000)
     told = predictions(run, "test")
     assert [label for label, _ in told.values()] == [spoken.transcripts[int(n.split("-")[1])] for n in told]
     heard = recognizer.transcribe([3.0 * spoken.waveforms[int(n.split("-")[1])] + 1 for n in told])  # of any loudness
@@ -132,6 +132,6 @@ def test_the_subset_follows_the_seed_and_says_what_it_is(run: Path, capsys: pyte
         config, kind = load_config([f"{key}={value}" for key, value in words.items()])
         split = open_task(kind(config))
         chosen.append(list(ids(split.train)))
-        assert f"{len(chosen[-1])} of 40 labelled samples to train on, 10 to choose on, 20" in split.description
+        assert f"{len(chosen[-1])} of 40 labelled samples to train on, 10 to choose on, 80" in split.description
         assert "sequences of 32 symbols" in split.description
     assert chosen[0] != chosen[1] and json.loads((run / "task.json").read_text())["train"] == chosen[0]
