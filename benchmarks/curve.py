@@ -261,11 +261,11 @@ DRAWN = ("linear", "CTC", "phones, 100")
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """One row of panels for each of DRAWN: accuracy against CPU seconds, and against FLOPs where they were counted."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "d2v", "font.size": 9}
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     probes = [key for key in curves[0].end["scores"] if key in DRAWN]
     names = list(dict.fromkeys(curve.name for curve in curves))

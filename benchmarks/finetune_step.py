@@ -40,7 +40,7 @@ from transformers import (  # pyright: ignore[reportMissingImports]
     Data2VecAudioForCTC,
     Wav2Vec2CTCTokenizer,
 )
-from transformers import __version__ as transformers_version
+from transformers import __version__ as transformers_version  # pyright: ignore[reportMissingImports]
 
 from d2v_audio.data import AudioSample, normalise
 from d2v_audio.letters import Letters
