@@ -164,7 +164,7 @@ def hollow_model(modality: Modality[Any]) -> Data2Vec:
             return run.build_model(modality)
     except UserError:
         raise
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return run.build_model(modality)
 
 

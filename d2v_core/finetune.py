@@ -205,6 +205,9 @@ class Finetuner(Loop[Network]):
         self.say(f"step {progress.step}: dev {_shown(scores)}{', the best so far' if better else ''}")
 
     def _keep_best(self) -> None:
+        for old in checkpoint.list_checkpoints(self.out / "best"):
+            if checkpoint.step_of(old) >= self.progress.step:  # of a time that the run has gone back from
+                shutil.rmtree(old)
         stored = checkpoint.Checkpoint(dict(self._scored().state_dict()), {}, {})
         try:
             checkpoint.save(self.out / "best", self.progress.step, stored, 1)

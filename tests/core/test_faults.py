@@ -179,6 +179,28 @@ def test_fine_tuning_skips_too(d2v: Callable, tmp_path: Path):
     assert all(tensor.isfinite().all() for tensor in [*stored.model.values(), *stored.teacher.values()])
 
 
+def test_the_best_weights_are_those_of_the_way_that_was_taken(d2v: Callable, tmp_path: Path):
+    """The run scores step 4, goes back to step 3, and scores step 4 again, on other data."""
+    assert d2v(*words(tmp_path / "source"))[0] == 0
+    out, kept, keep = tmp_path / "tuned", [], Finetuner._keep_best
+
+    def watched(self) -> None:
+        kept.append((self.progress.step, {name: t.clone() for name, t in self.model.state_dict().items()}))
+        keep(self)
+
+    more = ("stage=finetune", "finetune.eval_every=4", "train.checkpoint_every=3", "train.bad_steps_limit=2",
+            "train.max_steps=8")  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, poisoned(range(5, 7), Finetuner):
+        patch.setattr(Finetuner, "_keep_best", watched)
+        assert d2v(*words(out, f"from={tmp_path / 'source'}", *more))[0] == 0
+    assert [step for step, _ in kept][:2] == [4, 4]
+    last_step, last = kept[-1]
+    (folder,) = list_checkpoints(out / "best")
+    stored = load(folder, state=False).model
+    assert folder.name == f"step-{last_step:08d}" and all(torch.equal(stored[name], last[name]) for name in last)
+    assert any(not torch.equal(kept[0][1][name], kept[1][1][name]) for name in last)
+
+
 # ---------------------------------------------------------------------------------------------------- in isolation
 
 
