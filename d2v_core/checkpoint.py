@@ -7,10 +7,11 @@
                               manifest.json         versions, and a digest of all of the above; written last
 
 A folder is written under a temporary name, flushed to the disk and renamed, so that an interruption leaves either the
-whole checkpoint or none. The manifest has name, shape, type and SHA-256 of every tensor, and a SHA-256 of what else the
-files hold and of itself: no bit of a checkpoint can change unnoticed. There is no pickle in it.
+whole checkpoint or none. The manifest has name, shape, type and digest (XXH3, 128 bits) of every tensor, and a digest of
+what else the files hold and of itself: no bit of a checkpoint changes unnoticed by accident. Against somebody who means
+it a digest beside the file is no help, whichever it is. There is no pickle in a checkpoint.
 
-Format 1 (`state.pt`, `meta.json`, no digests) is still read.
+Formats 1 (`state.pt`, `meta.json`, no digests) and 2 (SHA-256, which costs more time than writing) are still read.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
@@ -35,7 +37,8 @@ from torch import Tensor
 from d2v_core import __version__
 from d2v_core.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
+_DIGESTS = {2: "sha256", 3: "xxh3_128"}  # by format; also what a digest is called in the manifest
 MANIFEST = "manifest.json"
 _OLD_MANIFEST = "meta.json"  # of format 1
 _WEIGHTS = ("model.safetensors", "teacher.safetensors")
@@ -110,19 +113,20 @@ def _write(folder: Path, step: int, checkpoint: Checkpoint) -> None:
     numbers = (json.dumps(_packed(checkpoint.state, "", state_tensors), indent=1) + "\n").encode()
     tensors = dict(zip(_WEIGHTS, (checkpoint.model, checkpoint.teacher), strict=True)) | {_STATE: state_tensors}
     plain = {name: _plain(each) for name, each in tensors.items()}
-    files: dict[str, Any] = {_NUMBERS: {"sha256": _digest(numbers)}}
+    kind = _DIGESTS[FORMAT]
+    files: dict[str, Any] = {_NUMBERS: {kind: _digest(numbers, kind)}}
     # The digests are of the tensors in memory, made while the disk is busy with the files.
     with ThreadPoolExecutor(1) as beside:
-        rows = {name: beside.submit(_rows, each) for name, each in plain.items()}
+        rows = {name: beside.submit(_rows, each, kind) for name, each in plain.items()}
         for name, each in plain.items():
             save_file(each, folder / name)
             _flush(folder / name)
         (folder / _NUMBERS).write_bytes(numbers)
         _flush(folder / _NUMBERS)
         for name in plain:
-            files[name] = {"header": _digest(_header(folder / name)), "tensors": rows[name].result()}
+            files[name] = {"header": _digest(_header(folder / name), kind), "tensors": rows[name].result()}
     manifest = {"format": FORMAT, "d2v": __version__, "torch": str(torch.__version__), "step": step, "files": files}
-    (folder / MANIFEST).write_text(_signed(manifest), encoding="utf-8")
+    (folder / MANIFEST).write_text(_signed(manifest, kind), encoding="utf-8")
     _flush(folder / MANIFEST)
 
 
@@ -138,22 +142,23 @@ def load(folder: Path, device: torch.device | None = None, *, state: bool = True
         found = cast("object", manifest.get("format") if isinstance(manifest, dict) else None)  # pyright: ignore
         if not isinstance(found, int):
             raise ValueError("it has no format number")
-        if found != (FORMAT if name == MANIFEST else 1):
+        kind = _DIGESTS.get(found, _DIGESTS[FORMAT])
+        if found not in (_DIGESTS if name == MANIFEST else (1,)):
             if name == MANIFEST:
-                _check_signature(manifest, text)  # a format that is to come, or a damaged number
+                _check_signature(manifest, text, kind)  # a format that is to come, or a damaged number
             raise UserError(
                 f"{folder} has checkpoint format {found}, this d2v ({__version__}) reads formats 1 to {FORMAT}. "
                 "Install the version that wrote it."
             )
         if found == 1:
             return _load_format1(folder, device, state)
-        _check_signature(manifest, text)
-        model, teacher = (_load_tensors(folder / (name := file), manifest) for file in _WEIGHTS)
+        _check_signature(manifest, text, kind)
+        model, teacher = (_load_tensors(folder / (name := file), manifest, kind) for file in _WEIGHTS)
         rest: dict[str, Any] = {}
         if state:
-            tensors = _load_tensors(folder / (name := _STATE), manifest)
+            tensors = _load_tensors(folder / (name := _STATE), manifest, kind)
             numbers = (folder / (name := _NUMBERS)).read_bytes()
-            if _digest(numbers) != manifest["files"][_NUMBERS]["sha256"]:
+            if _digest(numbers, kind) != manifest["files"][_NUMBERS][kind]:
                 raise ValueError("its digest is not that of the manifest")
             rest = _unpacked(json.loads(numbers), tensors)
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
@@ -195,17 +200,17 @@ def _load_format1(folder: Path, device: torch.device | None, state: bool) -> Che
 # ------------------------------------------------------------------------------------------------------- digests
 
 
-def _digest(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _digest(data: bytes | memoryview, kind: str) -> str:
+    return hashlib.sha256(data).hexdigest() if kind == "sha256" else xxhash.xxh3_128_hexdigest(data)
 
 
-def _rows(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _rows(tensors: Mapping[str, Tensor], kind: str) -> dict[str, dict[str, Any]]:
     """What the manifest says of each tensor."""
     return {
         name: {
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
-            "sha256": _digest(tensor.reshape(-1).view(torch.uint8).numpy().data),
+            kind: _digest(tensor.reshape(-1).view(torch.uint8).numpy().data, kind),
         }
         for name, tensor in tensors.items()
     }
@@ -221,26 +226,26 @@ def _header(path: Path) -> bytes:
         return start + file.read(length)
 
 
-def _load_tensors(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+def _load_tensors(path: Path, manifest: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
     expected = manifest["files"][path.name]
-    if _digest(_header(path)) != expected["header"]:
+    if _digest(_header(path), kind) != expected["header"]:
         raise ValueError("its header is not the one that the manifest has the digest of")
     tensors = load_file(path)
-    rows = _rows(tensors)
+    rows = _rows(tensors, kind)
     changed = [name for name in expected["tensors"].keys() | rows if rows.get(name) != expected["tensors"].get(name)]
     if changed:
         raise ValueError(f"{len(changed)} of {len(rows)} tensors are not what was written, among them {min(changed)}")
     return tensors
 
 
-def _signed(manifest: Mapping[str, Any]) -> str:
+def _signed(manifest: Mapping[str, Any], kind: str) -> str:
     """The manifest as text, with a digest of itself."""
     body = json.dumps(manifest, indent=1)
-    return json.dumps({**manifest, "sha256": _digest(body.encode())}, indent=1) + "\n"
+    return json.dumps({**manifest, kind: _digest(body.encode(), kind)}, indent=1) + "\n"
 
 
-def _check_signature(manifest: Mapping[str, Any], text: str) -> None:
-    if _signed({key: value for key, value in manifest.items() if key != "sha256"}) != text:
+def _check_signature(manifest: Mapping[str, Any], text: str, kind: str) -> None:
+    if _signed({key: value for key, value in manifest.items() if key != kind}, kind) != text:
         raise ValueError("its digest of itself is wrong")
 
 

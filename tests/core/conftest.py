@@ -36,7 +36,13 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 def environment() -> dict[str, str]:
     """What a child process needs to find the toy."""
     path = os.pathsep.join([str(TOY), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore:This DataLoader will create",
+    }  # one core, two workers
 
 
 @pytest.fixture

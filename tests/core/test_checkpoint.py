@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from d2v_core import checkpoint
 from d2v_core.checkpoint import Checkpoint, DamagedCheckpoint
@@ -51,11 +51,11 @@ def test_the_files_can_be_read_without_d2v(tmp_path: Path):
     assert load_file(folder / "model.safetensors")["w"].shape == (2, 3)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (
-        manifest["format"] == checkpoint.FORMAT == 2 and manifest["step"] == 1 and {"d2v", "torch"} <= manifest.keys()
+        manifest["format"] == checkpoint.FORMAT == 3 and manifest["step"] == 1 and {"d2v", "torch"} <= manifest.keys()
     )
     row = manifest["files"]["model.safetensors"]["tensors"]["w"]
     assert row["shape"] == [2, 3] and row["dtype"] == "float32"
-    assert row["sha256"] == hashlib.sha256(torch.ones(2, 3).numpy().tobytes()).hexdigest()
+    assert row["xxh3_128"] == xxhash.xxh3_128_hexdigest(torch.ones(2, 3).numpy().tobytes())
 
 
 def test_only_the_newest_are_kept(tmp_path: Path):
@@ -155,9 +155,9 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path: Path, file: s
 def test_an_unknown_format_is_refused(tmp_path: Path):
     folder = checkpoint.save(tmp_path, 4, content(), keep=1)
     manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["sha256"]
-    (folder / "manifest.json").write_text(checkpoint._signed({**manifest, "format": 99}))
-    with pytest.raises(UserError, match=r"has checkpoint format 99, this d2v \(.*\) reads formats 1 to 2") as caught:
+    del manifest["xxh3_128"]
+    (folder / "manifest.json").write_text(checkpoint._signed({**manifest, "format": 99}, "xxh3_128"))
+    with pytest.raises(UserError, match=r"has checkpoint format 99, this d2v \(.*\) reads formats 1 to 3") as caught:
         checkpoint.load(folder)
     assert not isinstance(caught.value, DamagedCheckpoint)  # nothing is wrong with it
     for text in ('{"format": 99}', "[]", "{}"):
@@ -256,6 +256,20 @@ def test_one_of_format_1_is_read():
     assert stored.model.keys() == weights.keys() and all(torch.equal(stored.model[n], weights[n]) for n in weights)
     assert stored.state["progress"]["step"] == 4 and stored.state["optimizer"]["state"][0]["exp_avg"].shape
     assert checkpoint.list_checkpoints(FORMAT1.parent) == [FORMAT1]
+
+
+def test_one_of_format_2_is_read_and_checked(tmp_path: Path):
+    """Written by d2v 0.1 with SHA-256."""
+    folder = shutil.copytree(FORMAT1.parents[2] / "format2" / "checkpoints" / FORMAT1.name, tmp_path / FORMAT1.name)
+    stored = checkpoint.load(folder)
+    assert stored.state["progress"]["step"] == 4 and stored.state["optimizer"]["state"][0]["exp_avg"].shape
+    for file in ("model.safetensors", "state.safetensors", "state.json", "manifest.json"):
+        data = (folder / file).read_bytes()
+        (folder / file).write_bytes(data[:-3] + bytes([data[-3] ^ 16]) + data[-2:])
+        with pytest.raises(DamagedCheckpoint, match=file):
+            checkpoint.load(folder)
+        (folder / file).write_bytes(data)
+    assert checkpoint.load(folder).model.keys() == stored.model.keys()
 
 
 def test_setting_aside_keeps_every_one(tmp_path: Path):

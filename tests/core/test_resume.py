@@ -308,9 +308,10 @@ def test_from_what_does_not_fit(d2v, straight, tmp_path):
     assert status == 2 and "Missing: ['student.transformer.blocks.2" in text
 
 
-def test_a_run_of_the_first_format_goes_on(d2v, tmp_path):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_of_an_older_format_goes_on(d2v, tmp_path, number):
     out = tmp_path / "run"
-    shutil.copytree(Path(__file__).parent / "recorded" / "format1", out)
+    shutil.copytree(Path(__file__).parent / "recorded" / f"format{number}", out)
     status, text = d2v("run", "modality=toy", f"out={out}", "model.embed_dim=8", "train.max_steps=9", "resume=auto",
                        "train.probe=false", "train.num_threads=1")  # fmt: skip
     assert status == 0 and "Going on from" in text and "step-00000004" in text
