@@ -7,9 +7,9 @@
                               manifest.json         versions, and a digest of all of the above; written last
 
 A folder is written under a temporary name, flushed to the disk and renamed, so that an interruption leaves either the
-whole checkpoint or none. The manifest has name, shape, type and digest (XXH3, 128 bits) of every tensor, and a digest of
-what else the files hold and of itself: no bit of a checkpoint changes unnoticed by accident. Against somebody who means
-it a digest beside the file is no help, whichever it is. There is no pickle in a checkpoint.
+whole checkpoint or none. The manifest has name, shape, type and digest (XXH3, 128 bits) of every tensor, and a digest
+of what else the files hold and of itself: no bit of a checkpoint changes unnoticed by accident. (Against somebody who
+means it a digest that lies beside the file is no help, whichever it is.) There is no pickle in a checkpoint.
 
 Formats 1 (`state.pt`, `meta.json`, no digests) and 2 (SHA-256, which costs more time than writing) are still read.
 """
