@@ -7,7 +7,6 @@ may share out whole micro-batches and change nothing.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from d2v_core.contract import (
     BadSample,
@@ -32,6 +29,7 @@ from d2v_core.contract import (
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator
 from d2v_core.masking import FinetuneMasking
+from d2v_core.workers import DEFAULT_POLICY, Reader, WorkerPolicy, Workers
 
 # Sorting by length with this much noise lets a sample meet others of its length in each epoch; cropping to the
 # shortest of a micro-batch then costs at most this share. Where there are more than MANY samples, less noise brings it
@@ -139,11 +137,15 @@ class _Endless(torch.utils.data.Sampler[MicroBatch]):
             epoch, first = epoch + 1, 0
 
 
-class _Reader(TorchDataset[Batch]):
+class _Reader(Reader[MicroBatch, Batch]):
     """What a worker does with a MicroBatch. Picklable."""
 
     def __init__(self, modality: Modality[Any], dataset: Dataset[Any], seed: int) -> None:
+        super().__init__()
         self.modality, self.dataset, self.seed = modality, dataset, seed
+
+    def name_of(self, index: int) -> str:
+        return self.dataset.id(index)
 
     def read(
         self, micro: MicroBatch, prepare: Callable[[Any, str], Any]
@@ -155,6 +157,10 @@ class _Reader(TorchDataset[Batch]):
         skipped: list[tuple[str, str]] = []
         for index in micro.indices:
             name = self.dataset.id(index)
+            if index in self.desk.left_out:
+                skipped.append((name, self.desk.left_out[index]))
+                continue
+            self.desk.at(index)
             try:
                 sample = self.dataset[index]
             except BadSample as error:
@@ -163,6 +169,7 @@ class _Reader(TorchDataset[Batch]):
             samples.append(prepare(sample, name))
             indices.append(index)
             ids.append(name)
+        self.desk.at(-1)
         return samples, indices, tuple(ids), tuple(skipped)
 
 
@@ -246,17 +253,6 @@ class _LabelledMicroBatches(_Reader):
         return Batch(inputs, None, ids, amount, skipped, targets, corruption)
 
 
-def _start_worker(worker: int) -> None:
-    """A signal to the whole process group is for the training process to answer; it ends the workers itself."""
-    del worker
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
 class Steps:
     """Iterates over (epoch, step within the epoch, micro-batches of that step), endlessly.
 
@@ -264,11 +260,12 @@ class Steps:
     """
 
     def __init__(
-        self, reader: TorchDataset[Batch], plan: Plan, *, num_workers: int, epoch: int, step: int, pin_memory: bool
-    ) -> None:
+        self, reader: _Reader, plan: Plan, *, num_workers: int, epoch: int, step: int, pin_memory: bool,
+        worker_policy: WorkerPolicy,
+    ) -> None:  # fmt: skip
         self.steps_per_epoch = len(plan(epoch))
         self._plan = _Endless(plan, epoch, step)
-        self._loader = _loader(reader, self._plan, num_workers, pin_memory)
+        self._loader = Workers(reader, self._plan, num_workers, pin_memory, worker_policy)
 
     def __iter__(self) -> Generator[tuple[int, int, list[Batch]], None, None]:
         pending: list[Batch] = []
@@ -277,20 +274,6 @@ class Steps:
             if micro.part == micro.num_parts - 1:
                 yield micro.epoch, micro.step, pending
                 pending = []
-
-
-def _loader(reader: TorchDataset[Batch], sampler: Any, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    # Each worker takes every num_workers-th micro-batch, so the order of the results does not depend on how many.
-    return DataLoader(
-        reader,
-        sampler=sampler,
-        batch_size=None,
-        collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
-        num_workers=num_workers,
-        worker_init_fn=_start_worker if num_workers else None,
-        prefetch_factor=4 if num_workers else None,
-        pin_memory=pin_memory,
-    )
 
 
 class StepLoader(Steps):
@@ -307,12 +290,14 @@ class StepLoader(Steps):
         epoch: int = 0,
         step: int = 0,
         pin_memory: bool = False,
+        worker_policy: WorkerPolicy = DEFAULT_POLICY,
     ) -> None:
         policy, batching = checked_masking(modality, dataset), modality.batching()
         super().__init__(
             _MicroBatches(modality, dataset, policy, num_copies, seed),
             partial(plan_epoch, dataset.sizes, batching, seed),
             num_workers=num_workers, epoch=epoch, step=step, pin_memory=pin_memory,
+            worker_policy=worker_policy,
         )  # fmt: skip
 
 
@@ -332,6 +317,7 @@ class LabelledSteps(Steps):
         epoch: int = 0,
         step: int = 0,
         pin_memory: bool = False,
+        worker_policy: WorkerPolicy = DEFAULT_POLICY,
     ) -> None:
         sizes = part.samples.sizes
         plan = (
@@ -343,6 +329,7 @@ class LabelledSteps(Steps):
             _LabelledMicroBatches(modality, part, targets, seed, training=True),
             plan,
             num_workers=num_workers, epoch=epoch, step=step, pin_memory=pin_memory,
+            worker_policy=worker_policy,
         )  # fmt: skip
 
 
@@ -352,7 +339,12 @@ def _uncropped(modality: Modality[Any], sizes: np.ndarray) -> Batching:
 
 
 def labelled_batches(
-    modality: Modality[Any], part: LabelledPart[Any], targets: Targets, batch: int | None, num_workers: int = 0
+    modality: Modality[Any],
+    part: LabelledPart[Any],
+    targets: Targets,
+    batch: int | None,
+    num_workers: int = 0,
+    worker_policy: WorkerPolicy = DEFAULT_POLICY,
 ) -> Iterator[Batch]:
     """All of a labelled part once, without augmentation, in an order that pads little.
 
@@ -366,4 +358,4 @@ def labelled_batches(
         groups = [order[i : i + batch] for i in range(0, len(order), batch)]
     plan = [MicroBatch(0, 0, i, len(groups), tuple(map(int, g)), int(sizes[g].max())) for i, g in enumerate(groups)]
     reader = _LabelledMicroBatches(modality, part, targets, 0, training=False)
-    yield from _loader(reader, plan, num_workers, False)
+    yield from Workers(reader, plan, num_workers, False, worker_policy)

@@ -136,6 +136,10 @@ class TrainConfig:
     compile: bool = opt(False, "torch.compile the transformer blocks.")
     num_threads: int = opt(0, "CPU threads; 0 = torch's choice. Bits of a result depend on it.")
     num_workers: int = opt(1, "Processes that read and mask data; 0 = the training process itself.")
+    worker_failures: int = opt(
+        3, "How many of those may die or hang before the run stops; the sample that it was reading is left out."
+    )
+    worker_timeout: float = opt(600.0, "Seconds at one sample after which such a process counts as hanging.")
     check_memory: bool = opt(True, "Refuse before the first step what cannot fit into the device's memory.")
     log_every: int = opt(10, "Steps between lines of metrics.jsonl.")
     checkpoint_every: int = opt(500, "Steps between checkpoints; one more is written at the end.")
@@ -496,10 +500,12 @@ def check(config: RunConfig) -> RunConfig:
         problems.append(f"optim.clip_grad_norm={optim.clip_grad_norm} must be above 0; null = no clipping")
     for key in ("max_steps", "num_masks", "log_every", "checkpoint_every", "keep_checkpoints", "bad_steps_limit"):
         at_least(f"train.{key}", getattr(train, key), 1)
-    for key in ("num_threads", "num_workers"):
+    for key in ("num_threads", "num_workers", "worker_failures"):
         at_least(f"train.{key}", getattr(train, key), 0)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", train.device):
         problems.append(f"train.device={train.device} must be auto, cpu, cuda or cuda:N")
+    if train.worker_timeout <= 0:
+        problems.append(f"train.worker_timeout={train.worker_timeout} must be above 0 seconds")
     if config.resume not in RESUME:
         problems.append(f"resume={config.resume} must be one of: {', '.join(RESUME)}.{_hint(config.resume, RESUME)}")
     tune = config.finetune

@@ -171,7 +171,7 @@ class Finetuner(Loop[Network]):
             self.modality, self.split.train, self.objective.targets, batch=self.tune.batch,
             micro_batch=self.tune.micro_batch, seed=self.config.seed,
             num_workers=self.config.train.num_workers, epoch=self.progress.epoch, step=self.progress.epoch_step,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda", worker_policy=self.worker_policy(),
         )  # fmt: skip
 
     def usable(self, batch: Batch) -> bool:
@@ -220,7 +220,7 @@ class Finetuner(Loop[Network]):
     def _batches(self, part: LabelledPart[Any]) -> Iterator[Batch]:
         """All of a part, as it is, in batches of the size that runs at once. What cannot be read is noted."""
         batch, workers = self.tune.micro_batch or self.tune.batch, self.config.train.num_workers
-        for one in labelled_batches(self.modality, part, self.objective.targets, batch, workers):
+        for one in labelled_batches(self.modality, part, self.objective.targets, batch, workers, self.worker_policy()):
             self.note_skipped(one)
             yield one
 

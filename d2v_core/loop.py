@@ -34,6 +34,7 @@ from d2v_core.metrics import Display, MetricsFile, TensorBoard
 from d2v_core.optim import make_optimizer, set_step
 from d2v_core.schedules import lr_at
 from d2v_core.transformer import Block
+from d2v_core.workers import WorkerPolicy
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 INTERRUPTED = 130
@@ -180,6 +181,12 @@ class Loop(ABC, Generic[ModelT]):
     @abstractmethod
     def update(self, batches: Sequence[Batch]) -> Callable[[], dict[str, float]]:
         """One update; the function returned reads its numbers, `loss` first, which waits for the device."""
+
+    def worker_policy(self) -> WorkerPolicy:
+        train = self.config.train
+        return WorkerPolicy(
+            train.worker_failures, train.worker_timeout, lambda text: self.say(f"[yellow]fault[/yellow] {escape(text)}")
+        )
 
     def schedules(self, step: int) -> dict[str, float]:
         """What follows from the number of completed updates and belongs into the metrics."""

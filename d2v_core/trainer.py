@@ -97,7 +97,7 @@ class Trainer(Loop[Data2Vec]):
         return StepLoader(
             self.modality, self.dataset, seed=self.config.seed, num_copies=train.num_masks,
             num_workers=train.num_workers, epoch=self.progress.epoch, step=self.progress.epoch_step,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda", worker_policy=self.worker_policy(),
         )  # fmt: skip
 
     def usable(self, batch: Batch) -> bool:

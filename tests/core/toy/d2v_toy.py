@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +64,8 @@ class ToyTaskConfig:
 
 
 class ToyDataset(Dataset[np.ndarray]):
-    """(size, CHANNELS) arrays; TOY_DELAY in the environment makes reading slow."""
+    """(size, CHANNELS) arrays. In the environment, TOY_DELAY makes reading slow, and TOY_FALL names samples at which a
+    process other than the first dies or hangs: "die-3 hang-5"."""
 
     def __init__(self, config: ToyConfig) -> None:
         self.config = config
@@ -74,6 +77,12 @@ class ToyDataset(Dataset[np.ndarray]):
 
     def __getitem__(self, index: int) -> np.ndarray:
         time.sleep(float(os.environ.get("TOY_DELAY", "0")))
+        if multiprocessing.parent_process() is not None:
+            falls = os.environ.get("TOY_FALL", "").split()
+            if f"die-{index}" in falls:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if f"hang-{index}" in falls:
+                time.sleep(1000)
         if index in self.config.bad:
             raise BadSample(f"sample {index} is broken on purpose")
         return generator(0, "toy", index).normal(size=(int(self.sizes[index]), CHANNELS)).astype(np.float32)
