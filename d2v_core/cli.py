@@ -16,6 +16,7 @@ HELP = f"""d2v {__version__}: data2vec for any modality
 
   d2v run modality=NAME [key=value ...]      pre-train; with no data.path on the modality's own built-in data, and
                                              with what follows there, as stage=all does (not: stage=pretrain)
+  d2v run modality=[A,B] [A.key=value ...]   pre-train several on one shared transformer (docs/joint.md)
   d2v run stage=finetune from=RUN data.path=LABELLED [...]
                                              train a pre-trained network on a labelled task, and score it
   d2v run stage=probe from=RUN data.path=LABELLED [...]
@@ -75,9 +76,9 @@ def _dispatch(words: list[str]) -> int:
         print(HELP, end="")
         return 0
     if verb == "config":
-        from d2v_core.config import load_config
+        from d2v_core.jointconfig import load_run
 
-        config, kind = load_config(rest)
+        config, kind = load_run(rest)
         kind(config)  # what the modality refuses is refused here too
         print(config.to_yaml(comments=True), end="")
         return 0
@@ -212,9 +213,9 @@ def _run_stage(argv: Sequence[str]) -> tuple[int, Path]:
     """Exit status and run folder."""
     from rich.console import Console
 
-    from d2v_core.config import load_config
+    from d2v_core.jointconfig import JointConfig, load_run
 
-    config, kind = load_config(argv)
+    config, kind = load_run(argv)
     from d2v_core.runfolder import drop_unused, open_run
 
     console = Console()
@@ -230,7 +231,7 @@ def _run_stage(argv: Sequence[str]) -> tuple[int, Path]:
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip
     try:
-        return _stage(config.stage)(modality, folder.path, console).fit(), folder.path
+        return _stage("joint" if isinstance(config, JointConfig) else config.stage)(modality, folder.path, console).fit(), folder.path
     except OSError as error:
         raise UserError(
             f"The run in {folder.path} stopped: {error}. If the disk is full, make room; then go on with "
@@ -244,6 +245,6 @@ def _run_stage(argv: Sequence[str]) -> tuple[int, Path]:
 def _stage(name: str) -> Any:
     """What makes the object that does a stage; torch is imported here."""
     module, kind = {
-        "pretrain": ("trainer", "Trainer"), "finetune": ("finetune", "finetuning"), "probe": ("probing", "Prober")
+        "pretrain": ("trainer", "Trainer"), "joint": ("joint", "JointTrainer"), "finetune": ("finetune", "finetuning"), "probe": ("probing", "Prober")
     }[name]  # fmt: skip
     return getattr(importlib.import_module(f"d2v_core.{module}"), kind)

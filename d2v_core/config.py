@@ -293,10 +293,7 @@ class RunConfig:
 
     def to_yaml(self, comments: bool = False) -> str:
         """With comments, each field's sentence stands above it."""
-        from omegaconf import OmegaConf
-
-        text = OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
-        return _with_comments(text, self) if comments else text
+        return as_yaml(self.to_dict(), documentation(self) if comments else None)
 
 
 def parse_arguments(argv: Sequence[str]) -> dict[str, str]:
@@ -318,15 +315,27 @@ def parse_arguments(argv: Sequence[str]) -> dict[str, str]:
 
 def options(kind: type[T], argv: Sequence[str], verb: str) -> T:
     """`key=value` words for a verb of its own, checked against a dataclass. Raises UserError as a run would."""
+    try:
+        return typed(kind, parse_arguments(argv))
+    except UserError as error:
+        raise UserError(f"{verb}: {error}\n`d2v {verb} --help` lists the options.") from None
+
+
+def typed(kind: type[T], values: Mapping[str, str], base: Mapping[str, Any] | None = None) -> T:
+    """A dataclass from options by key, and from nested values that count where no option is given. Raises UserError."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    values = parse_arguments(argv)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), _given(kind, values))
+        merged = OmegaConf.merge(OmegaConf.structured(kind), dict(base or {}), _given(kind, values))
         return cast("T", OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise UserError(f"{verb}: {_reason(error, kind, values)}\n`d2v {verb} --help` lists the options.") from None
+        raise UserError(_reason(error, kind, {**(base or {}), **values})) from None
+
+
+def names_several(modality: str) -> bool:
+    """Whether the value of the key `modality` is a list: a joint run (`jointconfig.py`)."""
+    return modality.startswith("[") or "," in modality
 
 
 def with_sequel(argv: Sequence[str]) -> tuple[list[str], Sequel | None]:
@@ -341,7 +350,7 @@ def with_sequel(argv: Sequence[str]) -> tuple[list[str], Sequel | None]:
     stage, name = values.get("stage"), values.get("modality")
     if stage not in (None, ALL):
         return list(argv), None
-    sequel = plugins.load(name).sequel(values) if name else None
+    sequel = plugins.load(name).sequel(values) if name and not names_several(name) else None
     if sequel is None and stage == ALL:
         raise UserError(
             f"stage={ALL}: nothing follows pre-training in modality={name}. Take stage=pretrain, then stage=finetune."
@@ -364,8 +373,15 @@ def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig
     if stage not in STAGES:
         hint = _hint(stage, STAGES)
         raise UserError(f"This configuration cannot work:\n  stage={stage} must be one of: {', '.join(STAGES)}.{hint}")
+    if names_several(values.get("modality", "")):
+        raise UserError(
+            f"modality={values['modality']}: several modalities are for `d2v run` and `d2v config`, and for pre-training. "
+            "Give one here, for example modality=NAME preset=joint."
+        )
     source: Path | None = None
     stored: dict[str, Any] = {}
+    if values.get("from"):
+        values["from"] = str(run_of(Path(values["from"]), values.get("modality")))
     if stage != "pretrain":
         if not values.get("from"):
             raise UserError(f"stage={stage} needs from=RUN, the folder of a pre-training run.")
@@ -399,6 +415,28 @@ def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig
         )
     where = f"preset {preset}" if source is None else f"{source / 'config.yaml'} or preset {preset}"
     return _merge(modality, recipe, {**values, "encoder": encoder}, where, stage=stage), modality
+
+
+def run_of(source: Path, modality: str | None) -> Path:
+    """The run folder of one modality: `source` itself, or, where that is a joint run, the folder in it. Raises
+    UserError where a joint run has no such modality, or it is not told which."""
+    path = source / "config.yaml"
+    members = read_yaml(path).get("modality") if path.is_file() else None
+    if not isinstance(members, list):
+        return source
+    names = [str(name) for name in cast("list[Any]", members)]
+    if modality not in names:
+        raise UserError(
+            f"{source} is a joint run of {', '.join(names)}"
+            + (f", and which of them is meant is not said: give modality=NAME, or the folder {source / names[0]} and the like."
+               if modality is None else f", not of modality={modality}.")
+        )  # fmt: skip
+    if not (source / modality / "config.yaml").is_file():
+        raise UserError(
+            f"{source} has no folder {modality} yet: it comes when the joint run ends. Let it: the same command with "
+            f"out={source} resume=auto."
+        )
+    return source / modality
 
 
 def _on_top_of(stored: Mapping[str, Any], recipe: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
@@ -733,20 +771,36 @@ def _other_section(key: str, sections: Mapping[str, type]) -> str:
     return f" There is {' and '.join(homes)}." if homes else ""
 
 
-def _with_comments(text: str, config: RunConfig) -> str:
+def documentation(config: RunConfig) -> dict[str, str]:
+    """The sentence of every section and option, by its key."""
     docs = {key: doc for key, (_, doc) in KEYS.items()}
     for name, kind in {**CORE_SECTIONS, **{n: type(s) for n, s in config.sections.items()}}.items():
-        docs[name] = (kind.__doc__ or "").strip().splitlines()[0]
-        docs.update({f"{name}.{f.name}": str(f.metadata.get("doc", "")) for f in dataclasses.fields(kind)})
+        docs |= docs_of(name, kind)
+    return docs
+
+
+def docs_of(section: str, kind: type) -> dict[str, str]:
+    """The sentences of one section and its options, by their keys."""
+    docs = {section: (kind.__doc__ or "").strip().splitlines()[0]}
+    return docs | {f"{section}.{f.name}": str(f.metadata.get("doc", "")) for f in dataclasses.fields(kind)}
+
+
+def as_yaml(values: Mapping[str, Any], docs: Mapping[str, str] | None = None) -> str:
+    """Nested sections as YAML. docs: sentences by dotted key, each to stand above its key."""
+    from omegaconf import OmegaConf
+
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+    if docs is None:
+        return text
     lines: list[str] = []
-    section = ""
+    path: list[str] = []
     for line in text.splitlines():
-        match = re.match(r"( *)([\w]+):", line)
+        match = re.match(r"( *)(\w+):", line)
         if match:
             indent, key = match.groups()
-            section = key if not indent else section
-            doc = docs.get(key if not indent else f"{section}.{key}")
+            path = [*path[: len(indent) // 2], key]
+            doc = docs.get(".".join(path))
             if doc:
-                lines += ([""] if not indent and key in docs and "." not in key else []) + [f"{indent}# {doc}"]
+                lines += ([] if indent else [""]) + [f"{indent}# {doc}"]
         lines.append(line)
     return "\n".join(lines).lstrip("\n") + "\n"

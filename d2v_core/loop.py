@@ -93,6 +93,7 @@ class OptimizerStep:
         limit = config.optim.clip_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
         applied = (loss_sum.isfinite() & grad_norm.isfinite()).float()
+        self.weigh(applied)
         if self.scaler.is_enabled():  # finds the same out by itself
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -107,6 +108,11 @@ class OptimizerStep:
 
         self.outcome = Outcome(applied, loss_sum / total, grad_norm, self.scaler.is_enabled(), find)
         return self.outcome.loss, grad_norm
+
+    def weigh(self, applied: Tensor) -> None:
+        """Called when the gradients are complete and clipped; may scale them. applied: () float32, 0 where the update
+        will be skipped."""
+        del applied
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
@@ -124,6 +130,7 @@ class Progress:
 
     best_score, best_step: of a stage that scores itself while it trains; the latter 0 before the first score.
     bad_steps: skipped, because loss or gradient were not finite. went_back: to an older checkpoint, because of those.
+    places: of a run that reads several sources, [epoch, next step of it] of each; amounts: what each has read.
     """
 
     step: int = 0
@@ -136,6 +143,8 @@ class Progress:
     best_step: int = 0
     bad_steps: int = 0
     went_back: bool = False
+    places: dict[str, list[int]] = dataclasses.field(default_factory=dict[str, list[int]])
+    amounts: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -154,6 +163,7 @@ class Loop(ABC, Generic[ModelT]):
 
     def __init__(self, modality: Modality[Any], out: Path, console: Console) -> None:
         self.modality, self.config, self.out, self.console = modality, modality.config, out, console
+        self.unit = modality.unit
         self.device = pick_device(self.config)
         if self.config.train.num_threads:
             torch.set_num_threads(self.config.train.num_threads)
@@ -189,9 +199,16 @@ class Loop(ABC, Generic[ModelT]):
         )
 
     def schedules(self, step: int) -> dict[str, float]:
-        """What follows from the number of completed updates and belongs into the metrics."""
-        del step
-        return {}
+        """What follows from the number of completed updates and belongs into the metrics, `lr` first."""
+        return {"lr": lr_at(step, self.config.train.max_steps, self.config.optim)}
+
+    def shown(self, values: Mapping[str, float]) -> list[str]:
+        """Which numbers of an update a person sees, `loss` among them."""
+        return [name for name in values if name not in ("grad_norm", "masked")]
+
+    def keep(self) -> None:
+        """Put into the run folder what loading it needs beside configuration and weights."""
+        self.modality.keep(self.out)
 
     def guard(self, metrics: Mapping[str, float]) -> None:
         """Raises UserError where going on is of no use."""
@@ -224,7 +241,7 @@ class Loop(ABC, Generic[ModelT]):
             for module in self.model.modules():
                 if isinstance(module, Block):
                     module.compile()  # pyright: ignore[reportUnknownMemberType]
-        with self._signals(), Display(self.console, train.max_steps, self.progress.step, self.modality.unit) as display:
+        with self._signals(), Display(self.console, train.max_steps, self.progress.step, self.unit) as display:
             finished = self._going_back_once(display)
         if not finished:
             self.save()
@@ -258,7 +275,7 @@ class Loop(ABC, Generic[ModelT]):
                 self.say(f"[yellow]going back[/yellow] {escape(fault.diagnosis)}")
                 self.say(escape(f"Going on from {self.restore(found)}."))
                 self.progress.went_back = True
-                for name in ("epoch", "epoch_step", "skipped", "bad_steps", "seconds"):
+                for name in ("epoch", "epoch_step", "places", "skipped", "bad_steps", "seconds"):
                     setattr(self.progress, name, getattr(progress, name))
 
     def say(self, text: str) -> None:
@@ -267,7 +284,7 @@ class Loop(ABC, Generic[ModelT]):
 
     def _loop(self, display: Display) -> bool:
         """True when max_steps is reached, False when a signal asked to stop."""
-        config, train, progress = self.config, self.config.train, self.progress
+        train, progress = self.config.train, self.progress
         loader = self.steps()
         metrics_file = MetricsFile(self.out / "metrics.jsonl", progress.step)
         writers = [metrics_file, *([TensorBoard(self.out / "tensorboard", progress.step)] if train.tensorboard else [])]
@@ -307,7 +324,6 @@ class Loop(ABC, Generic[ModelT]):
                         "step": progress.step,
                         **values,
                         **self.schedules(progress.step - 1),
-                        "lr": lr_at(progress.step - 1, train.max_steps, config.optim),
                         "epoch": progress.epoch,
                         "throughput": amount / (now - since),
                         "data_wait": waited / (now - since),
@@ -319,8 +335,7 @@ class Loop(ABC, Generic[ModelT]):
                     for writer in writers:
                         writer.write(metrics)
                     rate = (progress.seconds - base) / (progress.step - first_step)
-                    shown = [name for name in values if name not in ("grad_norm", "masked")]
-                    display.show(metrics, shown, rate * (train.max_steps - progress.step))
+                    display.show(metrics, self.shown(values), rate * (train.max_steps - progress.step))
                     self.guard(metrics)
                 self.after_step()
                 if progress.step % train.checkpoint_every == 0 and progress.step < train.max_steps:
@@ -374,7 +389,7 @@ class Loop(ABC, Generic[ModelT]):
         }
         stored = checkpoint.Checkpoint(*self.tensors(), state)
         try:
-            self.modality.keep(self.out)
+            self.keep()
             checkpoint.save(root, self.progress.step, stored, train.keep_checkpoints, train.keep_every)
         except OSError as error:
             raise UserError(
@@ -386,6 +401,11 @@ class Loop(ABC, Generic[ModelT]):
         """Go on, after `build`, from the newest checkpoint that is not damaged, which is returned. Raises UserError
         where all are."""
         folder, stored = self._newest_whole(found)
+        if "optimizer" not in stored.state:
+            raise UserError(
+                f"{folder} is one modality of a joint run, which alone can go on: in {self.out.parent}. Start a new run "
+                f"from these weights with from={self.out} and another out=FOLDER."
+            )
         self.load_tensors(stored, str(folder))
         self.optimizer_step.optimizer.load_state_dict(stored.state["optimizer"])
         self.optimizer_step.scaler.load_state_dict(stored.state["scaler"])
@@ -424,7 +444,7 @@ class Loop(ABC, Generic[ModelT]):
             "steps": progress.step,
             "wall_seconds": round(progress.seconds, 2),
             "amount": round(progress.amount, 1),
-            "unit": self.modality.unit,
+            "unit": self.unit,
             "epochs": progress.epoch,
             "data": self.description,
             "skipped": progress.skipped,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_core import checkpoint, plugins
-from d2v_core.config import RunConfig, from_dict, read_yaml
+from d2v_core.config import RunConfig, from_dict, read_yaml, run_of
 from d2v_core.contract import Modality
 from d2v_core.data2vec import Data2Vec, Student
 from d2v_core.errors import UserError
@@ -23,14 +23,17 @@ from d2v_core.targets import TopKTargets
 from d2v_core.transformer import Transformer
 
 
-def build_model(modality: Modality[Any]) -> Data2Vec:
-    """The network of a configuration with its initial weights, which depend on the seed alone."""
+def build_model(modality: Modality[Any], transformer: Transformer | None = None) -> Data2Vec:
+    """The network of a configuration with its initial weights, which depend on the seed alone.
+
+    transformer: one that serves other modalities too, in place of its own; the weights of the rest are the same.
+    """
     config = modality.config
     with initial_weights(config.seed, "init"):
-        transformer = _transformer(modality)
+        own = _transformer(modality)
         return Data2Vec(
             modality.feature_encoder(),
-            transformer,
+            own if transformer is None else transformer,
             modality.predictor(),
             TopKTargets(config.target),
             RegressionLoss(config.loss, config.official_quirks),
@@ -102,6 +105,7 @@ def newest_checkpoint(run: Path) -> Path:
 
 def load_config_of(run: Path, given: Mapping[str, str] | None = None) -> tuple[RunConfig, type[Modality[Any]]]:
     """The configuration that a run folder stores, and its modality. given: options that count in place of its own."""
+    run = run_of(run, None)
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml.")
@@ -128,22 +132,26 @@ class LoadedRun(nn.Module):
         return layers_of(self.student, inputs)
 
 
-def load(run: str | Path, *, untrained: bool = False, teacher: bool = False) -> LoadedRun:
+def load(
+    run: str | Path, *, untrained: bool = False, teacher: bool = False, modality: str | None = None
+) -> LoadedRun:
     """The encoder of a run folder at its newest checkpoint, or, of a fine-tuning run, at its best one.
 
     untrained: the same network with its initial weights instead, for comparison. teacher: the averaged weights.
-    Raises UserError where there is no run, no checkpoint, or its files do not fit.
+    modality: which one, of a joint run. Raises UserError where there is no run, no checkpoint, or its files do not fit.
     """
-    run = Path(run)
+    run = run_of(Path(run), modality)
     config, kind = load_config_of(run)
-    modality = kind(config)
+    if modality not in (None, config.modality):
+        raise UserError(f"{run} is a run of modality={config.modality}, not {modality}.")
+    made = kind(config)
     if config.stage == "probe":
         raise UserError(f"{run} is the folder of stage=probe, which trains nothing: give the run that it scored.")
     if config.stage == "finetune":
         if teacher:
             raise UserError(f"{run} is a fine-tuning run: it has no teacher.")
-        return _load_finetuned(run, modality, untrained)
-    model = build_model(modality)
+        return _load_finetuned(run, made, untrained)
+    model = build_model(made)
     step = 0
     if not untrained:
         folder = newest_checkpoint(run)
@@ -153,7 +161,7 @@ def load(run: str | Path, *, untrained: bool = False, teacher: bool = False) -> 
         step = checkpoint.step_of(folder)
     student = model.teacher.module if teacher else model.student
     assert isinstance(student, Student)
-    return LoadedRun(config, modality, student, step)
+    return LoadedRun(config, made, student, step)
 
 
 def _load_finetuned(run: Path, modality: Modality[Any], untrained: bool) -> LoadedRun:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from d2v_core import plugins
 from d2v_core.config import RunConfig, from_dict, read_yaml
 from d2v_core.errors import UserError
+from d2v_core.jointconfig import JointConfig, from_stored
 
 # Changing these between the parts of a run changes none of its numbers.
 FREE = {"out", "resume", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
@@ -28,7 +29,7 @@ class RunFolder:
     done: bool
 
 
-def open_run(config: RunConfig) -> RunFolder:
+def open_run(config: RunConfig | JointConfig) -> RunFolder:
     """Create the run folder, or take up the run in it where `resume=auto` asks for that.
 
     Raises UserError where the folder holds something else, the stored run has another configuration, or nothing can be
@@ -78,7 +79,7 @@ def drop_unused(path: Path) -> None:
         return  # in use
 
 
-def _new_name(config: RunConfig) -> Path:
+def _new_name(config: RunConfig | JointConfig) -> Path:
     what = config.preset if config.stage == "pretrain" else config.stage
     stem = f"{config.modality}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = Path("runs") / stem
@@ -95,13 +96,17 @@ def _steps_done(path: Path) -> int:
         return 0
 
 
-def _compare(stored: Mapping[str, Any], config: RunConfig, path: Path) -> None:
+def _compare(stored: Mapping[str, Any], config: RunConfig | JointConfig, path: Path) -> None:
     """A resumed run must be the same run; only a larger train.max_steps may prolong it."""
     if "modality" not in stored:
         raise UserError(
             f"{path / 'config.yaml'} is damaged: it has no key `modality`. Restore it from a copy, or start anew with "
             "another out=FOLDER."
         )
+    if isinstance(stored["modality"], list) or isinstance(config, JointConfig):
+        old, new = stored["modality"], config.to_dict()["modality"]
+        if old != new:
+            raise UserError(f"The run in {path} has modality={_typed(old)}, not {_typed(new)}. Give another out=FOLDER.")
     now = _flatten(config.to_dict())
     before = {**_defaults(stored, config, path), **_flatten(stored)}
     changed = {
@@ -121,14 +126,22 @@ def _compare(stored: Mapping[str, Any], config: RunConfig, path: Path) -> None:
         )
 
 
-def _defaults(stored: Mapping[str, Any], config: RunConfig, path: Path) -> dict[str, Any]:
+def _defaults(stored: Mapping[str, Any], config: RunConfig | JointConfig, path: Path) -> dict[str, Any]:
     """Every option with the value that it has where a stored run says nothing, as one does that is older than it."""
-    if stored["modality"] != config.modality:
-        return {}
+    source = str(path / "config.yaml")
     try:
-        return _flatten(from_dict(stored, plugins.load(config.modality), str(path / "config.yaml")).to_dict())
+        if isinstance(config, JointConfig):
+            return _flatten(from_stored(stored, source).to_dict())
+        if stored["modality"] != config.modality:
+            return {}
+        return _flatten(from_dict(stored, plugins.load(config.modality), source).to_dict())
     except UserError:
         return {}  # what is wrong with it is among what differs
+
+
+def _typed(modality: Any) -> str:
+    """As the user types it."""
+    return f"[{','.join(map(str, cast('list[Any]', modality)))}]" if isinstance(modality, list) else str(modality)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from d2v_core import checkpoint, plan, probe, run
 from d2v_core.batching import StepLoader
-from d2v_core.config import RunConfig
-from d2v_core.contract import Batch
-from d2v_core.data2vec import Data2Vec
+from d2v_core.config import GuardConfig, RunConfig
+from d2v_core.contract import Batch, Modality
+from d2v_core.data2vec import Data2Vec, Student
 from d2v_core.errors import UserError
 from d2v_core.loop import Loop, OptimizerStep
 from d2v_core.metrics import write_json
-from d2v_core.schedules import decay_at
+from d2v_core.schedules import decay_at, lr_at
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Updater(OptimizerStep):
             hidden = hidden + batch.masks.hidden.float().mean() / len(batches)
             return out.loss_sum
 
-        loss, grad_norm = self.step(step, batches, _num_scored, forward)
+        loss, grad_norm = self.step(step, batches, num_scored, forward)
         self.model.update_teacher(
             decay_at(step + 1, self.config.train.max_steps, self.config.teacher), self.outcome.applied
         )
@@ -70,7 +71,7 @@ class Updater(OptimizerStep):
         return StepResult(loss, target_std, pred_std, grad_norm, hidden)
 
 
-def _num_scored(batch: Batch) -> int:
+def num_scored(batch: Batch) -> int:
     return 0 if batch.masks is None else len(batch.masks.scored_rows)
 
 
@@ -101,29 +102,19 @@ class Trainer(Loop[Data2Vec]):
         )  # fmt: skip
 
     def usable(self, batch: Batch) -> bool:
-        return _num_scored(batch) > 0
+        return num_scored(batch) > 0
 
     def update(self, batches: Sequence[Batch]) -> Callable[[], dict[str, float]]:
         return self.updater.update(self.progress.step, batches, self.modality.teacher_inputs).numbers
 
     def schedules(self, step: int) -> dict[str, float]:
-        return {"ema_decay": decay_at(step, self.config.train.max_steps, self.config.teacher)}
+        return {
+            "lr": lr_at(step, self.config.train.max_steps, self.config.optim),
+            "ema_decay": decay_at(step, self.config.train.max_steps, self.config.teacher),
+        }
 
     def guard(self, metrics: Mapping[str, float]) -> None:
-        guard, step = self.config.guard, int(metrics["step"])
-        if step <= guard.after_steps:
-            return
-        for key, least, name in (
-            ("target_std", guard.min_target_std, "guard.min_target_std"),
-            ("pred_std", guard.min_pred_std, "guard.min_pred_std"),
-        ):
-            if metrics[key] < least:
-                raise UserError(
-                    f"The representation has collapsed: at step {step} {key} is {metrics[key]:.4f}, below "
-                    f"{name}={least}. What usually helps, in this order: target.layer_norms=[instance] (or [layer]) if "
-                    "it is empty, a lower optim.lr, a longer warm-up (optim.warmup_ratio), a teacher that moves more "
-                    "slowly (teacher.ema_decay closer to 1)."
-                )
+        refuse_collapse(self.config.guard, int(metrics["step"]), metrics)
 
     def _start_from(self, source: Path) -> None:
         folder = run.newest_checkpoint(source)
@@ -140,20 +131,8 @@ class Trainer(Loop[Data2Vec]):
         self.model.teacher.load_own_state(stored.teacher)
 
     def finish(self) -> None:
-        progress, summary = self.progress, self.summary()
-        task = self.modality.probe() if self.config.train.probe else None
-        if task is not None:
-            untrained = run.build_model(self.modality).student
-            student = self.model.student.cpu()
-            rows = probe.run_probe(
-                task,
-                {
-                    "pretrained": lambda inputs: probe.layers_of(student, inputs),
-                    "untrained": lambda inputs: probe.layers_of(untrained, inputs),
-                },
-            )
-            summary["probe"] = probe.summary(task, rows)
-            self.console.print(_probe_table(task, rows))
+        progress = self.progress
+        summary = self.summary() | probed(self.modality, self.model.student, self.console)
         write_json(self.out / "summary.json", summary)
         place = escape(str(self.out))
         self.say(
@@ -163,6 +142,41 @@ class Trainer(Loop[Data2Vec]):
             f"  d2v run modality={self.modality.name} preset={self.config.preset} from={place} data.path=YOUR_DATA\n"
             f"  python -c \"import d2v_core; print(d2v_core.load('{place}'))\""
         )
+
+
+def refuse_collapse(guard: GuardConfig, step: int, metrics: Mapping[str, float], of: str = "") -> None:
+    """Raises UserError where the standard deviations say that the representation has collapsed. step: completed
+    updates. of: what stands before their names in the metrics, and before the options."""
+    if step <= guard.after_steps:
+        return
+    for key, least in (("target_std", guard.min_target_std), ("pred_std", guard.min_pred_std)):
+        found, option = metrics[f"{of}/{key}" if of else key], f"{of}." if of else ""
+        if found < least:
+            raise UserError(
+                f"The representation{f' of {of}' if of else ''} has collapsed: at step {step} {key} is {found:.4f}, "
+                f"below {option}guard.min_{key}={least}. What usually helps, in this order: "
+                f"{option}target.layer_norms=[instance] (or [layer]) if it is empty, a lower {option}optim.lr, a longer "
+                f"warm-up ({option}optim.warmup_ratio), a teacher that moves more slowly ({option}teacher.ema_decay "
+                "closer to 1)."
+            )
+
+
+def probed(modality: Modality[Any], student: Student, console: Console) -> dict[str, Any]:
+    """What summary.json says of a modality's probe, the untrained twin beside; empty where there is none, or
+    train.probe=false. Moves the student to the host, and prints the table."""
+    task = modality.probe() if modality.config.train.probe else None
+    if task is None:
+        return {}
+    untrained, student = run.build_model(modality).student, student.cpu()
+    rows = probe.run_probe(
+        task,
+        {
+            "pretrained": lambda inputs: probe.layers_of(student, inputs),
+            "untrained": lambda inputs: probe.layers_of(untrained, inputs),
+        },
+    )
+    console.print(_probe_table(task, rows))
+    return {"probe": probe.summary(task, rows)}
 
 
 def _probe_table(task: probe.ProbeTask, rows: Sequence[probe.ProbeRow]) -> Table:
