@@ -231,7 +231,9 @@ def _run_stage(argv: Sequence[str]) -> tuple[int, Path]:
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip
     try:
-        return _stage("joint" if isinstance(config, JointConfig) else config.stage)(modality, folder.path, console).fit(), folder.path
+        return _stage("joint" if isinstance(config, JointConfig) else config.stage)(
+            modality, folder.path, console
+        ).fit(), folder.path
     except OSError as error:
         raise UserError(
             f"The run in {folder.path} stopped: {error}. If the disk is full, make room; then go on with "
@@ -245,6 +247,7 @@ def _run_stage(argv: Sequence[str]) -> tuple[int, Path]:
 def _stage(name: str) -> Any:
     """What makes the object that does a stage; torch is imported here."""
     module, kind = {
-        "pretrain": ("trainer", "Trainer"), "joint": ("joint", "JointTrainer"), "finetune": ("finetune", "finetuning"), "probe": ("probing", "Prober")
+        "pretrain": ("trainer", "Trainer"), "joint": ("joint", "JointTrainer"),
+        "finetune": ("finetune", "finetuning"), "probe": ("probing", "Prober"),
     }[name]  # fmt: skip
     return getattr(importlib.import_module(f"d2v_core.{module}"), kind)

@@ -375,8 +375,8 @@ def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig
         raise UserError(f"This configuration cannot work:\n  stage={stage} must be one of: {', '.join(STAGES)}.{hint}")
     if names_several(values.get("modality", "")):
         raise UserError(
-            f"modality={values['modality']}: several modalities are for `d2v run` and `d2v config`, and for pre-training. "
-            "Give one here, for example modality=NAME preset=joint."
+            f"modality={values['modality']}: several modalities are for `d2v run` and `d2v config`, and for "
+            "pre-training. Give one here, for example modality=NAME preset=joint."
         )
     source: Path | None = None
     stored: dict[str, Any] = {}
@@ -428,7 +428,7 @@ def run_of(source: Path, modality: str | None) -> Path:
     if modality not in names:
         raise UserError(
             f"{source} is a joint run of {', '.join(names)}"
-            + (f", and which of them is meant is not said: give modality=NAME, or the folder {source / names[0]} and the like."
+            + (f", and which of them is meant is not said: give modality=NAME, or its folder ({source / names[0]})."
                if modality is None else f", not of modality={modality}.")
         )  # fmt: skip
     if not (source / modality / "config.yaml").is_file():

@@ -1,8 +1,8 @@
 """Joint pre-training: several modalities, one transformer.
 
-Each modality is a `Data2Vec` of its own (feature encoder, masks, predictor, target, loss, teacher) on a transformer that
-is the same object in all of them. An optimizer step is an update with one modality's batch: its turn. In its turn a
-modality does what it does in a run of its own, with its own options and the number of its own update: learning rate,
+Each modality is a `Data2Vec` of its own (feature encoder, masks, predictor, target, loss, teacher) on a transformer
+that is the same object in all of them. An optimizer step is an update with one modality's batch: its turn. In its turn
+a modality does what it does in a run of its own, with its own options and the number of its own update: learning rate,
 clipping, decay of its teacher. What is joint is the transformer, with one set of Adam's moments, and how long each
 modality's gradient is there.
 """
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from d2v_core import checkpoint, plan, run
 from d2v_core.batching import StepLoader, Steps
 from d2v_core.config import RunConfig
-from d2v_core.contract import Batch, Modality
+from d2v_core.contract import Batch, Dataset, Modality
 from d2v_core.data2vec import Data2Vec, Student
 from d2v_core.errors import UserError
-from d2v_core.jointconfig import Joint
+from d2v_core.jointconfig import Joint, whose
 from d2v_core.loop import Loop, Progress
 from d2v_core.metrics import write_json
 from d2v_core.schedules import decay_at, lr_at
@@ -42,9 +42,12 @@ NUMBERS = tuple(f.name for f in dataclasses.fields(StepResult))
 class JointModel(nn.Module):
     """Several `Data2Vec`s whose students have one and the same transformer.
 
-    shared_teacher: their teachers get one average of it too; `update_teacher` of the one whose turn it is then moves it.
-    Raises ValueError where the transformers are several.
+    shared_teacher: their teachers get one average of it too; `update_teacher` of the one whose turn it is then moves
+    it. latest: (members, numbers of StepResult) float32, of each one's last update. Raises ValueError where the
+    transformers are several.
     """
+
+    latest: Tensor
 
     def __init__(self, models: Mapping[str, Data2Vec], shared_teacher: bool = False) -> None:
         super().__init__()
@@ -61,8 +64,6 @@ class JointModel(nn.Module):
         self.members = nn.ModuleDict(models)
         self.balance = Balance(len(models))
         self.register_buffer("latest", torch.zeros(len(models), len(NUMBERS)))
-        self.latest: Tensor
-        """Of each member's last update, what `StepResult` has."""
 
     def state(self) -> dict[str, Tensor]:
         """All but the teachers, by name; what several members have stands once, under `transformer`."""
@@ -249,9 +250,10 @@ class JointTrainer(Loop[JointModel]):
         options = self.joint.config.joint
         models: dict[str, Data2Vec] = {}
         for name, modality in self.members.items():
-            plan.refuse_network(modality, self.device)
             trunk = next(iter(models.values())).student.transformer if models else None
-            models[name] = run.build_model(modality, trunk)
+            with whose(name):
+                plan.refuse_network(modality, self.device)
+                models[name] = run.build_model(modality, trunk)
         if options.teacher == "shared":
             self._refuse_unlike_teachers(models)
         self.model = JointModel(models, options.teacher == "shared").to(self.device).train()
@@ -264,7 +266,8 @@ class JointTrainer(Loop[JointModel]):
         self.optimizer_step = self.turns[self.names[0]]
 
     def _refuse_unlike_teachers(self, models: Mapping[str, Data2Vec]) -> None:
-        names = [f"transformer.{name}" for name, _ in self.first(models).student.transformer.named_parameters()]
+        first = next(iter(models.values()))
+        names = [f"transformer.{name}" for name, _ in first.student.transformer.named_parameters()]
         followed = {
             name: {one: part_of(one, modality.teacher_parts()) for one in names}
             for name, modality in self.members.items()
@@ -277,14 +280,12 @@ class JointTrainer(Loop[JointModel]):
                     "Use joint.teacher=own."
                 )
 
-    @staticmethod
-    def first(models: Mapping[str, Data2Vec]) -> Data2Vec:
-        return next(iter(models.values()))
-
     def open_data(self) -> None:
-        self.datasets = {name: modality.dataset("train") for name, modality in self.members.items()}
+        self.datasets: dict[str, Dataset[Any]] = {}
         for name, modality in self.members.items():
-            plan.refuse_micro_batch(modality, self.datasets[name], self.device)
+            with whose(name):
+                self.datasets[name] = modality.dataset("train")
+                plan.refuse_micro_batch(modality, self.datasets[name], self.device)
         self.dataset_size = sum(map(len, self.datasets.values()))
         self.description = "\n".join(
             f"{name}, {self.joint.config.updates[name]} updates: {dataset.describe()}"
@@ -296,10 +297,11 @@ class JointTrainer(Loop[JointModel]):
         loaders: dict[str, StepLoader] = {}
         for name, modality in self.members.items():
             epoch, step = places.get(name, [0, 0])
-            loaders[name] = StepLoader(
-                modality, self.datasets[name], seed=self.config.seed, num_copies=modality.config.train.num_masks,
-                num_workers=train.num_workers, epoch=epoch, step=step, pin_memory=self.device.type == "cuda",
-            )  # fmt: skip
+            with whose(name):
+                loaders[name] = StepLoader(
+                    modality, self.datasets[name], seed=self.config.seed, num_copies=modality.config.train.num_masks,
+                    num_workers=train.num_workers, epoch=epoch, step=step, pin_memory=self.device.type == "cuda",
+                )  # fmt: skip
         return JointSteps(loaders, self.turn_at, self.progress)
 
     def usable(self, batch: Batch) -> bool:
@@ -367,20 +369,24 @@ class JointTrainer(Loop[JointModel]):
 
     def finish(self) -> None:
         progress = self.progress
-        summary = self.summary() | {"modality": self.names, "preset": self.joint.config.preset}
-        summary |= {"updates": {}, "amounts": {}, "probe": {}}
+        updates = {name: self.updates_of(name, progress.step) for name in self.names}
+        amounts = {
+            name: f"{progress.amounts.get(name, 0.0):.1f} {modality.unit}" for name, modality in self.members.items()
+        }
+        probes: dict[str, Any] = {}
         for name, modality in self.members.items():
-            self.say(f"[bold]{name}[/bold]")
-            done, amount = self.updates_of(name, progress.step), round(progress.amounts.get(name, 0.0), 1)
+            self.say(f"[bold]{escape(name)}[/bold]")
             own = probed(modality, self.model.models[name].student, self.console)
-            self._write_member(name, modality, done, {"amount": amount, "joint_run": str(self.out), **own})
-            summary["updates"][name], summary["amounts"][name] = done, f"{amount:g} {modality.unit}"
-            summary["probe"] |= {name: own["probe"]} if own else {}
-        write_json(self.out / "summary.json", summary)
+            self._write_member(name, modality, updates[name], {"amount": amounts[name], **own})
+            probes |= {name: own["probe"]} if own else {}
+        write_json(self.out / "summary.json", {
+            **self.summary(), "modality": self.names, "preset": self.joint.config.preset,
+            "updates": updates, "amounts": amounts, "probe": probes,
+        })  # fmt: skip
         place = escape(str(self.out))
         self.say(
             f"{progress.step} updates in {progress.seconds:.0f} s: "
-            + ", ".join(f"{name} {done} ({summary['amounts'][name]})" for name, done in summary["updates"].items())
+            + ", ".join(f"{name} {updates[name]} ({amounts[name]})" for name in self.names)
             + f". The run lies in [bold]{place}[/bold], and in it each modality as a run of its own.\nNext:\n"
             f"  d2v run stage=finetune modality={self.names[0]} from={place} data.path=LABELLED\n"
             f"  python -c \"import d2v_core; print(d2v_core.load('{place}', modality='{self.names[0]}'))\""
@@ -398,11 +404,10 @@ class JointTrainer(Loop[JointModel]):
             checkpoint.save(folder / "checkpoints", done, stored, keep=1)
             write_json(folder / "summary.json", {
                 "modality": name, "preset": modality.config.preset, "stage": "pretrain", "steps": done,
-                "unit": modality.unit, "data": self.datasets[name].describe(), **extra,
+                "joint_run": str(self.out), "data": self.datasets[name].describe(), **extra,
             })  # fmt: skip
         except OSError as error:
             raise UserError(
                 f"The folder of {name} cannot be written to {folder}: {error}. Make room and go on with "
                 f"out={self.out} resume=auto."
             ) from error
-

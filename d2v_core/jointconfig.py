@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -164,7 +165,7 @@ class Joint:
         self.config = config
         self.members: dict[str, Modality[Any]] = {}
         for name, kind in config.kinds.items():
-            with _of(name):
+            with whose(name):
                 self.members[name] = kind(config.own(name))
 
 
@@ -220,8 +221,8 @@ def load_joint(argv: Sequence[str], modality_of: Any = None) -> JointConfig:
     members: dict[str, RunConfig] = {}
     for name, kind in kinds.items():
         words = {"modality": name, "preset": _preset(kind), **top, **common, **own[name]}
-        with _of(name):
-            members[name] = load_config([f"{k}={v}" for k, v in words.items()], lambda _, kind=kind: kind)[0]
+        with whose(name):
+            members[name] = load_config([f"{k}={v}" for k, v in words.items()], kinds.get)[0]
     first = members[names[0]]
     options = typed(_Top, once)
     total = sum(member.train.max_steps for member in members.values())
@@ -259,7 +260,9 @@ def _names(text: str) -> list[str]:
         if names.count(name) > 1:
             raise UserError(f"modality={text} names {name} twice. Each modality shares the transformer once.")
         if name in CORE_SECTIONS or name in KEYS or name == "joint":
-            raise UserError(f"The modality {name} cannot be in a joint run, whose options {name}... are the core's own.")
+            raise UserError(
+                f"The modality {name} cannot be in a joint run, whose options {name}... are the core's own."
+            )
     return names
 
 
@@ -295,24 +298,19 @@ def _misplaced(key: str, value: str, kinds: Mapping[str, type[Modality[Any]]]) -
     known = [*kinds, "joint", *STAGES["pretrain"], *OF_EACH, *OF_THE_RUN]
     near = difflib.get_close_matches(section, known, 1)
     return (
-        f"{key}={value} is no option of a joint run. There are {', '.join(known)}, each of them a section or an option; "
+        f"{key}={value} is no option of a joint run. There are {', '.join(known)}, each a section or an option; "
         f"`d2v config modality=[{','.join(kinds)}]` lists them with their meaning."
         + (f" Did you mean {near[0]}{'.' + rest if rest else ''}?" if near else "")
     )
 
 
-class _of:
-    """Says of which modality an error is."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UserError):
-            raise UserError(f"Of {self.name} (its options begin with {self.name}.): {error}") from None
+@contextmanager
+def whose(name: str) -> Generator[None]:
+    """Inside, an error says of which modality it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"Of {name} (its options begin with {name}.): {error}") from None
 
 
 def _checked(config: JointConfig) -> JointConfig:
@@ -336,8 +334,10 @@ def _checked(config: JointConfig) -> JointConfig:
         shares = dict(zip(names, joint.shares or [1.0] * len(names), strict=True))
         for name, count in config.updates.items():
             if not count and shares[name] > 0:
-                problems.append(f"train.max_steps={config.train.max_steps} leaves no update for {name}, whose share is "
-                                f"{shares[name]:g} of {sum(shares.values()):g}: give more, or leave it out")  # fmt: skip
+                problems.append(
+                    f"train.max_steps={config.train.max_steps} leaves no update for {name}, whose share is "
+                    f"{shares[name]:g} of {sum(shares.values()):g}: give more, or leave it out"
+                )
     if config.resume not in RESUME:
         problems.append(f"resume={config.resume} must be one of: {', '.join(RESUME)}")
     if problems:
@@ -349,7 +349,9 @@ def _checked(config: JointConfig) -> JointConfig:
     ]
     if different:
         raise UserError(
-            "These modalities cannot share one transformer, because theirs differ in\n  " + "\n  ".join(different) + "\n"
+            "These modalities cannot share one transformer, because theirs differ in\n  "
+            + "\n  ".join(different)
+            + "\n"
             "An option that stands alone is given to all of them (model.num_layers=4); presets that were made to share "
             "one are called joint."
         )

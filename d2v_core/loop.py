@@ -403,8 +403,8 @@ class Loop(ABC, Generic[ModelT]):
         folder, stored = self._newest_whole(found)
         if "optimizer" not in stored.state:
             raise UserError(
-                f"{folder} is one modality of a joint run, which alone can go on: in {self.out.parent}. Start a new run "
-                f"from these weights with from={self.out} and another out=FOLDER."
+                f"{folder} is one modality of a joint run, which alone can go on: in {self.out.parent}. Start a new "
+                f"run from these weights with from={self.out} and another out=FOLDER."
             )
         self.load_tensors(stored, str(folder))
         self.optimizer_step.optimizer.load_state_dict(stored.state["optimizer"])

@@ -132,9 +132,7 @@ class LoadedRun(nn.Module):
         return layers_of(self.student, inputs)
 
 
-def load(
-    run: str | Path, *, untrained: bool = False, teacher: bool = False, modality: str | None = None
-) -> LoadedRun:
+def load(run: str | Path, *, untrained: bool = False, teacher: bool = False, modality: str | None = None) -> LoadedRun:
     """The encoder of a run folder at its newest checkpoint, or, of a fine-tuning run, at its best one.
 
     untrained: the same network with its initial weights instead, for comparison. teacher: the averaged weights.

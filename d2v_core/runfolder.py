@@ -104,9 +104,9 @@ def _compare(stored: Mapping[str, Any], config: RunConfig | JointConfig, path: P
             "another out=FOLDER."
         )
     if isinstance(stored["modality"], list) or isinstance(config, JointConfig):
-        old, new = stored["modality"], config.to_dict()["modality"]
+        old, new = _typed(stored["modality"]), _typed(config.to_dict()["modality"])
         if old != new:
-            raise UserError(f"The run in {path} has modality={_typed(old)}, not {_typed(new)}. Give another out=FOLDER.")
+            raise UserError(f"The run in {path} has modality={old}, not {new}. Give another out=FOLDER.")
     now = _flatten(config.to_dict())
     before = {**_defaults(stored, config, path), **_flatten(stored)}
     changed = {

@@ -155,9 +155,9 @@ def refuse_collapse(guard: GuardConfig, step: int, metrics: Mapping[str, float],
             raise UserError(
                 f"The representation{f' of {of}' if of else ''} has collapsed: at step {step} {key} is {found:.4f}, "
                 f"below {option}guard.min_{key}={least}. What usually helps, in this order: "
-                f"{option}target.layer_norms=[instance] (or [layer]) if it is empty, a lower {option}optim.lr, a longer "
-                f"warm-up ({option}optim.warmup_ratio), a teacher that moves more slowly ({option}teacher.ema_decay "
-                "closer to 1)."
+                f"{option}target.layer_norms=[instance] (or [layer]) if it is empty, a lower {option}optim.lr, a "
+                f"longer warm-up ({option}optim.warmup_ratio), a teacher that moves more slowly "
+                f"({option}teacher.ema_decay closer to 1)."
             )
 
 

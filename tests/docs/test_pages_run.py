@@ -58,6 +58,37 @@ def test_a_data2vec_for_ones_own_tensors(one_thread: None) -> None:
     assert names["features"].shape == (16, 64, 48) and names["features"].isfinite().all()
 
 
+def test_two_modalities_on_one_transformer(d2v: Callable[..., tuple[int, str]]) -> None:
+    reading, model, loop = blocks("joint.md", "python")
+    names: dict[str, Any] = {}
+    exec(model, names)
+    losses: dict[str, list[float]] = {"waves": [], "symbols": []}
+    names["losses"] = losses
+    assert "range(300)" in loop
+    exec(
+        loop.replace("range(300)", "range(120)") + "    losses[name].append(out.loss_sum.item() / out.num_scored)\n",
+        names,
+    )
+    for one in losses.values():
+        assert len(one) == 60 and np.mean(one[-10:]) < 0.8 * np.mean(one[:3])
+    waves, symbols = (names["models"][name] for name in losses)
+    assert waves.student.transformer is symbols.student.transformer
+    assert waves.teacher.module.transformer is not symbols.teacher.module.transformer
+    lengths = names["joint"].balance.lengths
+    factors = torch.stack([names["joint"].balance.factor(i) for i in range(2)])
+    assert (lengths > 0).all() and torch.allclose(lengths * factors, lengths.mean().expand(2))
+
+    small = ("model.num_layers=2", "target.top_k_layers=2", "train.max_steps=4", "train.probe=false",
+             "train.num_workers=0", "train.tensorboard=false", "vision.data.batch=4")  # fmt: skip
+    status, text = d2v("run", "modality=[vision,text]", "out=runs/my-joint", *small)
+    assert status == 0, text
+    exec(reading, names)
+    assert [one.shape for one in names["layers"]] == [(64, 96)] * 3 and names["run"].config.modality == "vision"
+    status, text = d2v("run", "modality=vision", "preset=joint", "from=runs/my-joint", "out=runs/after", *small[:-1],
+                       "data.batch=4")  # fmt: skip
+    assert status == 0 and "Weights from runs/my-joint/vision/checkpoints" in text
+
+
 def test_a_masking_policy(capsys: pytest.CaptureFixture[str]) -> None:
     names = execute("masking.md")
     (shown,) = blocks("masking.md", "")

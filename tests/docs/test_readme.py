@@ -13,6 +13,7 @@ import pytest
 
 from d2v_core import cli, plugins
 from d2v_core.config import KEYS, load_config, with_sequel
+from d2v_core.jointconfig import load_run
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -95,7 +96,7 @@ def test_a_command_parses(page: str, words: list[str], capsys: pytest.CaptureFix
             names = [word for word in given if word.startswith("modality=")] or ["modality=audio"]
             (tmp_path / "config.yaml").write_text(load_config(names)[0].to_yaml())
             given.append(f"from={tmp_path}")
-        config, _ = load_config(with_sequel(given)[0])
+        config, _ = load_run(with_sequel(given)[0])
         assert config.modality
     elif verb in {command.name for command in plugins.installed(plugins.COMMANDS)}:
         known = {name.strip("=") for name in _options_in_help(verb, capsys)}
