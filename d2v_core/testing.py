@@ -60,6 +60,8 @@ def _case(kind: type[Modality[Any]], method: str, encoder: str) -> Case:
             recipe = read_yaml(path)
         except UserError as error:
             raise Broken(str(error)) from error
+        if "like" in recipe:
+            continue  # a variant of another, which stands for it
         if str(recipe.get("method") or kind.methods[0]) == method:
             model: Mapping[str, Any] = recipe.get("model") or {}
             size = int(model.get("embed_dim", 768)) ** 2 * int(model.get("num_layers", 12))
