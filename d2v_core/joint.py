@@ -126,7 +126,7 @@ class Balance(nn.Module):
         return torch.where(own > 0, mean / own.clamp(min=torch.finfo(own.dtype).tiny), torch.ones_like(own))
 
 
-class Turn(Updater):
+class MemberUpdater(Updater):
     """One member's updates. Its optimizer is made everybody's by `share_optimizer`.
 
     number: of the member. weight: what its gradient counts in the transformer. balanced: whether it is made as long as
@@ -161,7 +161,7 @@ class Turn(Updater):
                 group["betas"] = (optim.betas[0], optim.betas[1])
 
 
-def share_optimizer(turns: Sequence[Turn], lr_scale: float) -> None:
+def share_optimizer(turns: Sequence[MemberUpdater], lr_scale: float) -> None:
     """Give all of them one optimizer, and one loss scaler: of the members' own parameters the groups are those of a run
     of its own, the transformer's are two more. lr_scale: its learning rate over that of the member."""
     trunk = turns[0].trunk
@@ -226,7 +226,7 @@ def _named(batch: Batch, name: str, parts: int) -> Batch:
 class JointTrainer(Loop[JointModel]):
     """A pre-training run of several modalities. At its end each has a run folder of its own inside the run's."""
 
-    turns: dict[str, Turn]
+    turns: dict[str, MemberUpdater]
 
     def __init__(self, joint: Joint, out: Path, console: Console) -> None:
         self.joint, self.members = joint, joint.members
@@ -259,7 +259,9 @@ class JointTrainer(Loop[JointModel]):
         self.model = JointModel(models, options.teacher == "shared").to(self.device).train()
         weights = options.weights or [1.0] * len(models)
         self.turns = {
-            name: Turn(self.model, i, modality.config, self.device, weights[i], options.balance == "gradient_norm")
+            name: MemberUpdater(
+                self.model, i, modality.config, self.device, weights[i], options.balance == "gradient_norm"
+            )
             for i, (name, modality) in enumerate(self.members.items())
         }
         share_optimizer(list(self.turns.values()), options.lr_scale)
@@ -301,6 +303,7 @@ class JointTrainer(Loop[JointModel]):
                 loaders[name] = StepLoader(
                     modality, self.datasets[name], seed=self.config.seed, num_copies=modality.config.train.num_masks,
                     num_workers=train.num_workers, epoch=epoch, step=step, pin_memory=self.device.type == "cuda",
+                    worker_policy=self.worker_policy(),
                 )  # fmt: skip
         return JointSteps(loaders, self.turn_at, self.progress)
 
