@@ -143,6 +143,8 @@ class MemberUpdater(Updater):
     def weigh(self, applied: Tensor) -> None:
         """Only in the transformer: elsewhere nothing meets another's gradient, and Adam does not see its length."""
         gradients = [p.grad for p in self.trunk if p.grad is not None]
+        if not gradients:  # layer drop left every block out
+            return
         self.balance.note(self.number, torch.nn.utils.get_total_norm(gradients), applied)
         torch._foreach_mul_(gradients, self.factor())  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 

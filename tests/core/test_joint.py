@@ -404,6 +404,22 @@ def length_of(gradients: list[Tensor | None]) -> float:
     return torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).item()
 
 
+def test_an_update_in_which_every_block_is_left_out(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    made.model.transformer.layer_drop = 1.0
+    before = copies(made.model.transformer)
+    lengths: list[list[float]] = []
+
+    def look(name: str, own: int) -> None:
+        del name, own
+        lengths.append(made.model.balance.counts.tolist())
+
+    turns(made, 4, look)
+    assert lengths[-1] == [0, 0] and all(
+        torch.equal(p, before[n]) for n, p in made.model.transformer.named_parameters()
+    )
+
+
 def test_in_its_turn_a_modality_has_its_own_options(tmp_path: Path) -> None:
     made = trainer(tmp_path, "joint.lr_scale=0.5")
     optimizer = made.optimizer_step.optimizer
