@@ -168,6 +168,15 @@ def load(folder: Path, device: torch.device | None = None, *, state: bool = True
     return Checkpoint(model, teacher, rest)
 
 
+def digest_of(folder: Path) -> str:
+    """SHA-256 that stands for all that a checkpoint holds: of its manifest, or, in format 1, of its weights.
+
+    Of a checkpoint that was loaded: what the manifest says of the other files is checked there. Raises OSError.
+    """
+    names = (MANIFEST,) if (folder / MANIFEST).is_file() else _WEIGHTS
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that none is taken for it and its step can be saved again."""
     target, number = folder.with_name(f"damaged-{folder.name}"), 2
