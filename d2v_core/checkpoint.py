@@ -61,6 +61,7 @@ class Checkpoint:
 
 
 def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder. Raises ValueError where it is no such name."""
     match = _NAME.fullmatch(folder.name)
     if match is None:
         raise ValueError(f"{folder} is not the name of a checkpoint")

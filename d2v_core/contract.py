@@ -57,6 +57,7 @@ class Layout:
 
     @property
     def num_tokens(self) -> int:
+        """The product of `shape`."""
         return int(np.prod(self.shape))
 
 
@@ -131,6 +132,7 @@ class Masks(_Movable):
 
     @property
     def num_copies(self) -> int:
+        """M."""
         return self.hidden.shape[1]
 
 
@@ -183,6 +185,7 @@ class Batch:
     corruption: Corruption | None = None
 
     def to(self, device: torch.device) -> Batch:
+        """The same with every tensor on `device`."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         return replace(
             self,

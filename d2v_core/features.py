@@ -25,7 +25,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]
 
 from d2v_core import __version__, checkpoint
 from d2v_core.batching import whole_batches
@@ -282,7 +282,7 @@ def _features(
         if view.padding_mask is not None:
             valid = ~view.padding_mask[row, view.num_extra :].cpu()
             x = x[:, valid]
-            grid = [int(places.max()) + 1 for places in np.nonzero(valid.numpy().reshape(view.grid))]
+            grid = [int(last) + 1 for last in valid.view(view.grid).nonzero().amax(0)]
         if config.pool is not None:
             x = x.mean(1) if config.pool == "mean" else kept[row, :, 0]
         yield name, grid, x.numpy()

@@ -44,6 +44,7 @@ class Prober:
         self.skipped: dict[str, str] = {}
 
     def fit(self) -> int:
+        """Score every system on every layer and write summary.json. Returns the exit status."""
         started = time.perf_counter()
         split = open_task(self.modality)
         task = split.task
@@ -71,8 +72,8 @@ class Prober:
         source = self.config.from_run
         assert source is not None
         systems: list[tuple[str, Encode]] = []
-        for name, options in (("pretrained", {}), ("untrained", {"untrained": True})):
-            student = run.load(source, **options).student.to(self.device)
+        for name, untrained in (("pretrained", False), ("untrained", True)):
+            student = run.load(source, untrained=untrained).student.to(self.device)
             systems.append((name, lambda inputs, student=student: pooled_layers(student, inputs)))
         if input_features is not None:
             systems.append((input_name, lambda inputs: [input_features(inputs)]))

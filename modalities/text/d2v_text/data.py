@@ -134,6 +134,7 @@ class Lines(Dataset[Sample]):
 
 
 def from_files(text: TokenisedText, config: TextConfig) -> Blocks:
+    """Blocks of a tokenised text."""
     more = f"\n{text.notes}" if text.notes else ""
     return Blocks(
         text,

@@ -185,9 +185,11 @@ class TokenisedText:
     num_files: int
 
     def ids(self) -> np.ndarray:
+        """(num_tokens,) mapped from the disk."""
         return np.memmap(self.folder / "ids.bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
 
     def sizes(self) -> np.ndarray:
+        """(sentences,) int32 mapped from the disk."""
         return np.load(self.folder / "sizes.npy", mmap_mode="r")
 
 
