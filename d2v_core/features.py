@@ -41,6 +41,7 @@ from d2v_core.verbs import print_help
 
 FORMAT = 1
 ABOUT, INDEX, LEFT_OUT, SAMPLES = "features.json", "index.jsonl", "left_out.jsonl", "samples"
+TRAINED_ON = "trained-on"  # the folder of features of the run's own data
 LONGEST_NAME = 180  # bytes of a file's name, which most file systems end at 255
 FREE = ("d2v", "run", "layers_of_run")  # of features.json: says something, decides nothing
 EVERY_S = 10.0  # seconds between lines on how far it is
@@ -58,7 +59,7 @@ Options, with their defaults:
 class EncodeConfig:
     """What to keep of each sample, and where."""
 
-    out: str | None = opt(None, "Folder to write; null = features/NAME in the run folder, NAME being that of PATH.")
+    out: str | None = opt(None, "Folder to write; null = features/NAME in the run folder, NAME of PATH.")
     layers: str = opt(
         "all",
         "all, last, or numbers such as [0,4]: 0 is what the first block is given, i what comes out of block i; where a "
@@ -143,7 +144,11 @@ def encode_files(
     where = None if path is None else existing(path, "a file or a folder", "PATH")
     loaded = load(run, teacher=config.teacher, untrained=config.untrained, given=_of_data(run, where, given))
     chosen = chosen_layers(config.layers, len(loaded.layer_names))
-    out = Path(config.out).expanduser() if config.out else run / "features" / ("data" if where is None else where.name)
+    out = (
+        Path(config.out).expanduser()
+        if config.out
+        else run / "features" / (TRAINED_ON if where is None else where.name)
+    )
     about = _about(loaded, config, chosen, where, {key: given[key] for key in given if key.startswith("data.")})
     about["run"] = str(run.resolve())
     _check_folder(out, about)

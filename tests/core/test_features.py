@@ -37,7 +37,7 @@ def arrays(out: Path) -> dict[str, np.ndarray]:
 def test_every_layer_of_every_sample(d2v, run: Path):
     status, text = d2v("encode", str(run), "data.bad=[3]")
     assert status == 0, text
-    out = run / "features" / "data"
+    out = run / "features" / "trained-on"
     assert f"13 samples in {out}." in text and "1 cannot be encoded" in text and "sample-3: sample 3 is broken" in text
     loaded = d2v_core.load(run)
     data = loaded.modality.dataset("train")
