@@ -38,6 +38,7 @@ from d2v_core.metrics import write_json
 from d2v_core.probe import all_layers
 from d2v_core.run import LoadedRun, load
 from d2v_core.verbs import print_help
+from d2v_core.workers import WorkerPolicy
 
 FORMAT = 1
 ABOUT, INDEX, LEFT_OUT, SAMPLES = "features.json", "index.jsonl", "left_out.jsonl", "samples"
@@ -257,7 +258,8 @@ def _encode(
     left_out = dict(dataset.left_out)
     said = time.monotonic()
     with (out / INDEX).open("a", encoding="utf-8") as index:
-        for batch in whole_batches(loaded.modality, dataset, todo, config.batch, train.num_workers):
+        policy = WorkerPolicy(train.worker_failures, train.worker_timeout, say)
+        for batch in whole_batches(loaded.modality, dataset, todo, config.batch, train.num_workers, policy):
             left_out.update(batch.skipped)
             for name, grid, features in _features(loaded, batch.to(device), config, chosen) if batch.ids else ():
                 rows[name] = _write(out, name, grid, features, [loaded.layer_names[i] for i in chosen], config)

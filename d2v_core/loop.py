@@ -184,6 +184,7 @@ class Loop(ABC, Generic[ModelT]):
         """One update; the function returned reads its numbers, `loss` first, which waits for the device."""
 
     def worker_policy(self) -> WorkerPolicy:
+        """What section `train` allows processes that read; what happens to them is said in the run's output."""
         train = self.config.train
         return WorkerPolicy(
             train.worker_failures, train.worker_timeout, lambda text: self.say(f"[yellow]fault[/yellow] {escape(text)}")
