@@ -1,12 +1,11 @@
 """What mkdocs.yml calls while the site is built: pages that lie elsewhere, and links that lead elsewhere.
 
-README, changelog and contributing become pages, every module with a docstring gets one in the reference, and links that
+README, changelog and contributing become pages, every module gets one in the reference, and links that
 are right in the repository are made right in the site. What is not part of the site keeps its text and loses its link.
 """
 
 from __future__ import annotations
 
-import ast
 import posixpath
 import re
 from collections.abc import Iterator
@@ -42,7 +41,11 @@ def page_of(module: str) -> str:
 
 
 def on_config(config: Any) -> Any:
-    """The reference at the end of the navigation, a section for each package."""
+    """Pages that mkdocs.yml does not list, and the reference, a section for each package, end the navigation."""
+    listed = set(re.findall(r"[\w./-]+\.md", str(config.nav)))
+    more = sorted({path.name for path in (ROOT / "docs").glob("*.md")} - listed)
+    if more:
+        config.nav.append({"More": more})
     found = [name for name, _ in modules()]
     config.nav.append({
         "Reference": [
@@ -57,9 +60,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Pages that are made, or lie outside of docs/."""
     for source, page in ELSEWHERE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
-    for name, path in modules():
-        summary = (ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8"))) or "").split("\n")[0]
-        assert summary, f"{path} has no docstring"
+    for name, _ in modules():
         files.append(File.generated(config, page_of(name), content=f"# {name}\n\n::: {name}\n"))
     return files
 
