@@ -253,6 +253,18 @@ class _LabelledMicroBatches(_Reader):
         return Batch(inputs, None, ids, amount, skipped, targets, corruption)
 
 
+class _Whole(_Reader):
+    """For features: read, show as a labelled sample is scored, collate."""
+
+    def __getitem__(self, micro: Any) -> Batch:
+        assert isinstance(micro, MicroBatch)
+        samples, _, ids, skipped = self.read(micro, lambda sample, _: self.modality.prepare_labelled(sample, None))
+        if not samples:
+            return Batch({}, None, skipped=skipped)
+        inputs = self.modality.collate(samples)
+        return Batch(inputs, None, ids, self.modality.amount(inputs), skipped)
+
+
 class Steps:
     """Iterates over (epoch, step within the epoch, micro-batches of that step), endlessly.
 
@@ -350,12 +362,33 @@ def labelled_batches(
 
     batch: samples; None = of the size of pre-training's micro-batches.
     """
-    sizes = part.samples.sizes
-    order = np.argsort(sizes, kind="stable")
+    reader = _LabelledMicroBatches(modality, part, targets, 0, training=False)
+    plan = _by_size(modality, part.samples.sizes, range(len(part.labels)), batch)
+    yield from Workers(reader, plan, num_workers, False, worker_policy)
+
+
+def whole_batches(
+    modality: Modality[Any],
+    dataset: Dataset[Any],
+    indices: Sequence[int],
+    batch: int | None,
+    num_workers: int = 0,
+    worker_policy: WorkerPolicy = DEFAULT_POLICY,
+) -> Iterator[Batch]:
+    """The samples of these numbers once, whole and without augmentation, in an order that pads little.
+
+    batch: samples; None = of the size of pre-training's micro-batches.
+    """
+    plan = _by_size(modality, dataset.sizes, indices, batch)
+    yield from Workers(_Whole(modality, dataset, 0), plan, num_workers, False, worker_policy)
+
+
+def _by_size(modality: Modality[Any], sizes: np.ndarray, indices: Sequence[int], batch: int | None) -> list[MicroBatch]:
+    """Samples of like length together."""
+    chosen = np.asarray(indices, dtype=np.int64)
+    order = chosen[np.argsort(sizes[chosen], kind="stable")]
     if batch is None:
         groups = [np.array(group) for group in _groups(order, sizes, _uncropped(modality, sizes).micro_batch)]
     else:
         groups = [order[i : i + batch] for i in range(0, len(order), batch)]
-    plan = [MicroBatch(0, 0, i, len(groups), tuple(map(int, g)), int(sizes[g].max())) for i, g in enumerate(groups)]
-    reader = _LabelledMicroBatches(modality, part, targets, 0, training=False)
-    yield from Workers(reader, plan, num_workers, False, worker_policy)
+    return [MicroBatch(0, 0, i, len(groups), tuple(map(int, g)), int(sizes[g].max())) for i, g in enumerate(groups)]

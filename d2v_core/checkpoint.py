@@ -61,6 +61,7 @@ class Checkpoint:
 
 
 def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder. Raises ValueError where it is no such name."""
     match = _NAME.fullmatch(folder.name)
     if match is None:
         raise ValueError(f"{folder} is not the name of a checkpoint")
@@ -166,6 +167,15 @@ def load(folder: Path, device: torch.device | None = None, *, state: bool = True
     if device is not None:
         model, teacher = ({key: t.to(device) for key, t in part.items()} for part in (model, teacher))
     return Checkpoint(model, teacher, rest)
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 that stands for all that a checkpoint holds: of its manifest, or, in format 1, of its weights.
+
+    Of a checkpoint that was loaded: what the manifest says of the other files is checked there. Raises OSError.
+    """
+    names = (MANIFEST,) if (folder / MANIFEST).is_file() else _WEIGHTS
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
 def set_aside(folder: Path) -> Path:

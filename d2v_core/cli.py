@@ -21,6 +21,7 @@ HELP = f"""d2v {__version__}: data2vec for any modality
                                              train a pre-trained network on a labelled task, and score it
   d2v run stage=probe from=RUN data.path=LABELLED [...]
                                              score its frozen features: linear and nearest-neighbour classifiers
+  d2v encode RUN [PATH] [key=value ...]      write a run's features of every sample at PATH, resumably
   d2v config modality=NAME [key=value ...]   print the resolved configuration, a sentence for each option
   d2v plan modality=NAME [key=value ...] [--json]
                                              what a step would cost (parameters, FLOPs, memory) and what fits
@@ -32,6 +33,9 @@ HELP = f"""d2v {__version__}: data2vec for any modality
   d2v new NAME                               write a modality of your own, as a distribution that works
   d2v --version
 """
+
+# Verbs that are a module's `main`, imported when the verb is typed.
+OWN_MODULES = {"encode": "d2v_core.features", "check": "d2v_core.testing", "new": "d2v_core.new"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,9 +73,8 @@ def _dispatch(words: list[str]) -> int:
         return _modalities()
     if verb == "plugins":
         return _plugins()
-    if verb in ("check", "new"):
-        module = importlib.import_module("d2v_core.testing" if verb == "check" else "d2v_core.new")
-        return int(module.main(rest))
+    if verb in OWN_MODULES:
+        return int(importlib.import_module(OWN_MODULES[verb]).main(rest))
     if verb in ("run", "config", "plan", "profile") and {"-h", "--help"} & set(rest):
         print(HELP, end="")
         return 0
@@ -146,7 +149,7 @@ def _trouble(load: Callable[[], Any]) -> str:
 
 def _plugin_command(verb: str, rest: Sequence[str]) -> int:
     """A verb that a plugin brings: `d2v.commands` names a function from arguments to an exit status."""
-    own = ("run", "config", "plan", "profile", "modalities", "plugins", "check", "new")
+    own = ("run", "config", "plan", "profile", "modalities", "plugins", *OWN_MODULES)
     known = [*own, *(p.name for p in plugins.installed(plugins.COMMANDS))]
     if verb not in known:
         import difflib

@@ -10,8 +10,8 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -282,6 +282,20 @@ class RunConfig:
             raise TypeError(f"section {name!r} is {type(value).__name__}, expected {kind.__name__}")
         return value
 
+    def with_path(self, path: str | Path, split: str | None = None) -> RunConfig:
+        """The same with other data: data.path=path, and data.split=split where there is such an option.
+
+        Raises UserError where the modality has no option data.path.
+        """
+        data = self.sections.get("data")
+        names = {f.name for f in dataclasses.fields(data)} if dataclasses.is_dataclass(data) else set[str]()
+        if "path" not in names or (split is not None and "split" not in names):
+            missing = "data.path" if "path" not in names else "data.split"
+            raise UserError(f"The modality {self.modality} has no option {missing}: it cannot be given other data.")
+        changed = {"path": str(path), **({"split": split} if "split" in names else {})}
+        data = dataclasses.replace(cast("Any", data), **changed)
+        return dataclasses.replace(self, sections={**self.sections, "data": data})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the order in which they are documented, with the keys that the user types."""
         out: dict[str, Any] = {key: getattr(self, "from_run" if key == "from" else key) for key in KEYS}
@@ -336,6 +350,23 @@ def typed(kind: type[T], values: Mapping[str, str], base: Mapping[str, Any] | No
 def names_several(modality: str) -> bool:
     """Whether the value of the key `modality` is a list: a joint run (`jointconfig.py`)."""
     return modality.startswith("[") or "," in modality
+
+
+def option_rows(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(name, default, what it must be, meaning) of each option of a dataclass, as the user writes them.
+
+    prefix: what stands before the names, such as `data.`; a section inside has its own name and a dot there.
+    """
+    kinds = get_type_hints(kind)
+    for option in dataclasses.fields(kind):
+        name = prefix + option.name
+        if "doc" not in option.metadata:
+            yield from option_rows(cast("type", option.default_factory), f"{name}.")
+            continue
+        value: Any = cast("Any", option.default_factory)() if option.default is MISSING else option.default
+        text = f"[{','.join(map(str, cast('list[Any]', value)))}]" if isinstance(value, list) else str(value)
+        text = "null" if value is None else text.lower() if isinstance(value, bool) else text
+        yield name, text, _expected(_alternatives(kinds[option.name])), str(option.metadata["doc"])
 
 
 def with_sequel(argv: Sequence[str]) -> tuple[list[str], Sequel | None]:

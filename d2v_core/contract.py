@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -56,6 +57,7 @@ class Layout:
 
     @property
     def num_tokens(self) -> int:
+        """The product of `shape`."""
         return int(np.prod(self.shape))
 
 
@@ -130,6 +132,7 @@ class Masks(_Movable):
 
     @property
     def num_copies(self) -> int:
+        """M."""
         return self.hidden.shape[1]
 
 
@@ -182,6 +185,7 @@ class Batch:
     corruption: Corruption | None = None
 
     def to(self, device: torch.device) -> Batch:
+        """The same with every tensor on `device`."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         return replace(
             self,
@@ -219,9 +223,13 @@ class Batching:
 
 
 class Dataset(ABC, Generic[SampleT]):
-    """Samples by number. `sizes` is (len,) int64 in the unit of `Batching`; ids are stable names."""
+    """Samples by number. `sizes` is (len,) int64 in the unit of `Batching`; ids are unique, stable names.
+
+    left_out: ids of samples that were found and are not in it, and why; nothing unless a sub-class says so.
+    """
 
     sizes: np.ndarray
+    left_out: Mapping[str, str] = MappingProxyType({})
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -231,7 +239,8 @@ class Dataset(ABC, Generic[SampleT]):
         return f"{len(self)} samples"
 
     @abstractmethod
-    def id(self, index: int) -> str: ...
+    def id(self, index: int) -> str:
+        """The name of sample `index`: all chance of a run hangs on it, so it must be the same tomorrow."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> SampleT:
@@ -331,7 +340,9 @@ class Predictor(nn.Module, ABC):
 class MaskingPolicy(Protocol):
     """Draws masks without a network. `rngs` has one generator per sample, made for this sample and epoch."""
 
-    def __call__(self, layouts: Sequence[Layout], num_copies: int, rngs: Sequence[np.random.Generator]) -> Masks: ...
+    def __call__(self, layouts: Sequence[Layout], num_copies: int, rngs: Sequence[np.random.Generator]) -> Masks:
+        """`num_copies` masks of each of the samples with these layouts, whose shapes are padded to the largest."""
+        ...
 
 
 @runtime_checkable
@@ -422,10 +433,36 @@ class Modality(ABC, Generic[SampleT]):
         return None
 
     @abstractmethod
-    def dataset(self, split: str) -> Dataset[SampleT]: ...
+    def dataset(self, split: str) -> Dataset[SampleT]:
+        """The samples of `data.path`, or built-in ones. split: "train"; pre-training knows no other.
+
+        Raises UserError where there are none, or too many that cannot be read.
+        """
+
+    def all_samples(self) -> Dataset[SampleT]:
+        """Every sample of `data.path` that can be read, one by one: what `d2v encode` goes through.
+
+        By default `dataset("train")`. A modality whose training drops or joins what it finds gives it as it lies there,
+        and says in `Dataset.left_out` what cannot be read.
+        """
+        return self.dataset("train")
+
+    def sample(self, given: Any) -> SampleT:
+        """One sample from what a user has at hand, for `LoadedRun.encode`.
+
+        By default a path (text or `Path`) is read as `data.path` is, and anything else is taken for a sample as
+        `dataset` gives it. Raises UserError where there is not exactly one sample, BadSample where it cannot be read.
+        """
+        if not isinstance(given, (str, Path)):
+            return given
+        found = type(self)(self.config.with_path(given)).all_samples()
+        if len(found) != 1:
+            raise UserError(f"{given} has {len(found)} samples, expected one. `d2v encode` takes many.")
+        return found[0]
 
     @abstractmethod
-    def batching(self) -> Batching: ...
+    def batching(self) -> Batching:
+        """How much one optimizer step and one micro-batch hold, and how long a sample may be."""
 
     def micro_batch_option(self, size: int) -> str:
         """What the user types to have micro-batches of `size`, in the unit of `batching`; empty = no option."""
@@ -438,7 +475,8 @@ class Modality(ABC, Generic[SampleT]):
         return sample
 
     @abstractmethod
-    def layout(self, sample: SampleT) -> Layout: ...
+    def layout(self, sample: SampleT) -> Layout:
+        """The token grid that `FeatureEncoder.embed` will make of a prepared sample, told without a network."""
 
     @abstractmethod
     def collate(self, samples: Sequence[SampleT]) -> Mapping[str, Tensor]:
@@ -449,10 +487,12 @@ class Modality(ABC, Generic[SampleT]):
         """How much data a collated batch holds, in `unit`."""
 
     @abstractmethod
-    def masking(self) -> MaskingPolicy: ...
+    def masking(self) -> MaskingPolicy:
+        """What hides tokens, made from the configuration. Raises ValueError for options that cannot work."""
 
     @abstractmethod
-    def feature_encoder(self) -> FeatureEncoder: ...
+    def feature_encoder(self) -> FeatureEncoder:
+        """A new encoder with its initial weights, drawn from torch's generator, which the core has seeded."""
 
     def init_transformer(self, transformer: Transformer) -> None:
         """Give the blocks their initial weights, in place. By default BERT's: N(0, 0.02^2), zero biases."""
@@ -495,7 +535,10 @@ class Modality(ABC, Generic[SampleT]):
         raise UserError(f"The modality {self.name} has no labelled data: it can be pre-trained, not fine-tuned.")
 
     def prepare_labelled(self, sample: SampleT, rng: np.random.Generator | None) -> SampleT:
-        """A labelled sample as `collate` takes it: augmented with `rng`, or, where that is None, always the same."""
+        """A whole sample as `collate` takes it: augmented with `rng`, or, where that is None, always the same view.
+
+        Without `rng` it is also what `d2v encode` shows the network, with no task in sight.
+        """
         del rng
         return sample
 

@@ -102,9 +102,11 @@ class Counter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def reset(self) -> None:
+        """Count anew, from what lives now."""
         self.peak, self.peak_part, self.flops, self.moved = self.live, self.part, {}, {}
 
     def switch(self, part: str) -> None:
+        """What follows is counted for `part`."""
         self.part = part
 
     def answer_for(self, tensors: Iterable[Tensor]) -> None:
@@ -183,6 +185,7 @@ class Fakes:
         self._made: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the old one, which lives on so that ids stay names
 
     def like(self, tensor: Tensor) -> Tensor:
+        """One of the same shape, layout and type."""
         with self.mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
 
@@ -197,6 +200,7 @@ class Fakes:
                 setattr(module, name, self._made[id(old)][1])
 
     def batch(self, batch: Batch) -> Batch:
+        """The same with its inputs and masks replaced."""
         assert batch.masks is not None
         masks = {
             f.name: value for f in dataclasses.fields(Masks) if (value := getattr(batch.masks, f.name)) is not None

@@ -148,6 +148,7 @@ class Symbols(Objective):
         self._score, self._show = score or symbol_errors, show
 
     def head(self, model: ModelConfig, config: FinetuneConfig) -> Head:
+        """One map for every token."""
         return TokenHead(model, config, len(self.symbols))
 
     def loss(self, output: Emissions, targets: Tensor) -> Tensor:
@@ -175,4 +176,5 @@ class Symbols(Objective):
         return self.show(label.tolist()), self.show(kept.tolist())
 
     def show(self, symbols: Sequence[int]) -> str:
+        """A sequence of symbols as it is written in files."""
         return " ".join(self.symbols[i] for i in symbols) if self._show is None else self._show(symbols)

@@ -40,13 +40,15 @@ class Student(nn.Module):
 
 
 class LinearPredictor(Predictor):
-    """One linear map at the scored tokens (fairseq's `final_proj`). For students that see all T places."""
+    """One linear map of width embed_dim at the scored tokens (fairseq's `final_proj`). For students that see all T
+    places."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
         self.linear = Linear(embed_dim, embed_dim)
 
     def forward(self, tokens: Tokens, masks: Masks) -> Tensor:
+        """As `Predictor.forward`."""
         return self.linear(tokens.x[:, tokens.num_extra :].flatten(0, 1)[masks.scored_rows])
 
 
@@ -69,6 +71,8 @@ class Data2VecOutput:
 class Data2Vec(nn.Module):
     """Student, predictor and teacher. The optimizer takes the parameters that require gradients.
 
+    encoder, transformer: the student. predictor: from its output to the targets' space. targets: what becomes of the
+    teacher's layers. loss: between the two. teacher_parts: as `Modality.teacher_parts` gives them.
     After each optimizer step call `update_teacher(decay)` once, however many micro-batches it had.
     """
 
@@ -91,6 +95,8 @@ class Data2Vec(nn.Module):
     def forward(
         self, inputs: Mapping[str, Tensor], masks: Masks, teacher_inputs: Mapping[str, Tensor] | None = None
     ) -> Data2VecOutput:
+        """The loss of a micro-batch. inputs: what `FeatureEncoder.embed` reads; masks: what the student may not see and
+        is scored on; teacher_inputs: where the teacher reads another input than the student."""
         tokens = self.student.encoder.embed(inputs)
         everywhere = self.teach(tokens, inputs if teacher_inputs is None else teacher_inputs, teacher_inputs is None)
         target = at_scored(everywhere, masks)
@@ -115,8 +121,8 @@ class Data2Vec(nn.Module):
     def teach(self, tokens: Tokens, inputs: Mapping[str, Tensor], same_inputs: bool = True) -> Tensor:
         """The target at every place, (B, T, D) float32: once per sample, however many masked copies of it there are.
 
-        Where the teacher shares the embedding and its input, it is given the student's tokens: the expensive front end
-        then runs once.
+        tokens: the student's, of these inputs. Where the teacher shares the embedding and its input (same_inputs), it
+        is given these tokens: the expensive front end then runs once.
         """
         teacher = self.teacher.module
         assert isinstance(teacher, Student)
@@ -126,6 +132,7 @@ class Data2Vec(nn.Module):
         return self.targets(encoded, view.padding_mask, view.num_extra)
 
     def update_teacher(self, decay: float, applied: Tensor | None = None) -> None:
+        """The teacher's step towards the student. applied: as `EMATeacher.update` has it."""
         self.teacher.update(self.student, decay, applied)
 
 

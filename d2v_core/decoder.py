@@ -43,6 +43,7 @@ class DecoderBlock(nn.Module):
         self.conv = kind(channels, config.dim, config.kernel, padding=config.kernel // 2, groups=config.groups)
 
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """x (R, T, C), the places of a grid flattened row-major -> (R, T, dim)."""
         if len(grid) == 1:
             y = grouped_conv1d_same(x, self.conv.weight, self.conv.bias, self.groups)
         else:
@@ -61,7 +62,8 @@ class ConvDecoder(Predictor):
     """
 
     def __init__(self, config: DecoderConfig, embed_dim: int, num_axes: int, leaky_padding: bool = False) -> None:
-        """num_axes: of the grid, 1 or 2. Everything keeps PyTorch's initial weights."""
+        """embed_dim: D, of what comes in and goes out. num_axes: of the grid, 1 or 2. Everything keeps
+        PyTorch's initial weights."""
         super().__init__()
         if num_axes not in (1, 2):
             raise ValueError(f"a decoder of {num_axes} axes: there are convolutions of one and of two")
@@ -85,6 +87,7 @@ class ConvDecoder(Predictor):
         self.projections = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, tokens: Tokens, masks: Masks) -> Tensor:
+        """As `Predictor.forward`; tokens.x holds the visible tokens only."""
         x, keep = self.on_the_grid(tokens, masks)
         return self.project(self.convolve(x, keep, tokens.grid).flatten(0, 1)[masks.scored_rows])
 
@@ -102,13 +105,13 @@ class ConvDecoder(Predictor):
         return full, keep.unsqueeze(-1)
 
     def noise(self, like: Tensor, num_tokens: int) -> Tensor:
-        """(R, T, D)."""
+        """(R, T, D) for T = num_tokens; rows, width, type and device are those of `like`."""
         return torch.randn(
             like.shape[0], num_tokens, like.shape[2], dtype=like.dtype, device=like.device
         ) * self.config.noise_std  # fmt: skip
 
     def convolve(self, x: Tensor, keep: Tensor | None, grid: tuple[int, ...]) -> Tensor:
-        """(R, T, D) -> (R, T, dim)."""
+        """x (R, T, D) -> (R, T, dim). keep (R, T, 1) bool, False = padding, set to zero; None = nothing is."""
         for block in self.blocks:
             if keep is not None:
                 x = x * keep
@@ -117,7 +120,7 @@ class ConvDecoder(Predictor):
         return x
 
     def project(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., D)."""
+        """x (..., dim) -> (..., D)."""
         for i, linear in enumerate(self.projections):
             x = linear(F.gelu(x) if i else x)
         return x

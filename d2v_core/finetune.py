@@ -240,6 +240,7 @@ class Finetuner(Loop[Network]):
         return Outputs(tuple(names), tuple(kept), _labels_of(part, names))
 
     def score(self, outputs: Outputs) -> dict[str, float]:
+        """The objective's scores of these outputs, by name."""
         return self.objective.score(outputs.kept, outputs.labels)
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -328,6 +329,7 @@ class LoadedClassifier(LoadedFinetuned):
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of `predict`'s columns; empty = regression."""
         return self.objective.classes if isinstance(self.objective, Classes) else ()
 
     def predict(self, samples: Sequence[Any]) -> Tensor:
@@ -337,7 +339,10 @@ class LoadedClassifier(LoadedFinetuned):
 
 
 def load_finetuned(path: str | Path) -> LoadedFinetuned:
-    """The best weights of a fine-tuning run, whatever its task. Raises UserError where there are none that fit."""
+    """The best weights of the fine-tuning run in the folder `path`, whatever its task.
+
+    Raises UserError where there are none that fit.
+    """
     path = Path(path)
     config, kind = run.load_config_of(path)
     if config.stage != "finetune":
@@ -352,7 +357,10 @@ def load_finetuned(path: str | Path) -> LoadedFinetuned:
 
 
 def load_classifier(path: str | Path) -> LoadedClassifier:
-    """The best weights of a run that tells classes or values. Raises UserError as `load_finetuned` does."""
+    """The best weights of the run in the folder `path`, which tells classes or values.
+
+    Raises UserError as `load_finetuned` does.
+    """
     loaded = load_finetuned(path)
     if not isinstance(loaded, LoadedClassifier):
         asked = loaded.objective.asks_for
@@ -383,6 +391,7 @@ class RateSearch:
         self.split = open_task(modality)
 
     def fit(self) -> int:
+        """Train with each rate, keep the best, test it. Returns the exit status; a run that was stopped goes on."""
         rates = self.modality.config.finetune.lrs
         objective = objective_of(self.split.task)
         dev: dict[float, dict[str, float]] = {}

@@ -142,6 +142,7 @@ class Linear(nn.Linear):
     """nn.Linear, computed by `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         return linear(input, self.weight, self.bias)
 
 

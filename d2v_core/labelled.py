@@ -34,6 +34,7 @@ class Subset(Dataset[Any]):
 
 
 def subset(part: LabelledPart[Any], indices: np.ndarray) -> LabelledPart[Any]:
+    """The samples of these numbers, with their labels."""
     return LabelledPart(Subset(part.samples, indices), part.labels[indices])
 
 
@@ -47,6 +48,7 @@ class Split:
 
     @property
     def train(self) -> LabelledPart[Any]:
+        """The training part, of which `labels` may have left a share."""
         return self.task.train
 
 
@@ -125,6 +127,7 @@ def draw(labels: np.ndarray, classes: bool, count: int, seed: int, purpose: str)
 
 
 def ids(part: LabelledPart[Any]) -> Sequence[str]:
+    """The ids of a part's samples, in its order."""
     return [part.samples.id(i) for i in range(len(part.samples))]
 
 

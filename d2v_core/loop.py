@@ -115,6 +115,7 @@ class OptimizerStep:
         del applied
 
     def autocast(self) -> torch.autocast:
+        """A context in `train.precision`; does nothing for fp32."""
         return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
 
@@ -193,6 +194,7 @@ class Loop(ABC, Generic[ModelT]):
         """One update; the function returned reads its numbers, `loss` first, which waits for the device."""
 
     def worker_policy(self) -> WorkerPolicy:
+        """What section `train` allows processes that read; what happens to them is said in the run's output."""
         train = self.config.train
         return WorkerPolicy(
             train.worker_failures, train.worker_timeout, lambda text: self.say(f"[yellow]fault[/yellow] {escape(text)}")
@@ -223,13 +225,15 @@ class Loop(ABC, Generic[ModelT]):
         """What model.safetensors and teacher.safetensors of a checkpoint hold."""
 
     @abstractmethod
-    def load_tensors(self, stored: checkpoint.Checkpoint, source: str) -> None: ...
+    def load_tensors(self, stored: checkpoint.Checkpoint, source: str) -> None:
+        """Put what `tensors` gave back in place. source: names the checkpoint in errors. Raises UserError."""
 
     @abstractmethod
     def finish(self) -> None:
         """Score the result, write summary.json and say what can be done next."""
 
     def fit(self) -> int:
+        """Train to the end, or until a signal; returns the exit status: 0, or 130 and 143 after saving."""
         train = self.config.train
         found = checkpoint.list_checkpoints(self.out / "checkpoints")
         self.build(not found)  # before the data, which may take long to look through
@@ -362,6 +366,7 @@ class Loop(ABC, Generic[ModelT]):
         return [batch for batch in batches if self.usable(batch)]
 
     def note_skipped(self, batch: Batch) -> None:
+        """Count the samples of a batch that could not be read, and say each of them once."""
         for name, reason in batch.skipped:
             if name not in self.progress.skipped:
                 self.progress.skipped[name] = reason

@@ -43,6 +43,7 @@ class RegressionLoss:
             return loss * scale
 
     def of_rows(self, prediction: Tensor, target: Tensor, num_scored: int) -> Tensor:
-        """prediction, target (R, D), one token of each row -> () float32, to be added to the sum over scored tokens."""
+        """prediction, target (R, D), one token of each row -> () float32, to be added to the sum over the num_scored
+        scored tokens, by whose number the caller will divide."""
         total = self(prediction, target) * (self.cls_weight * num_scored)
         return total if self.sum_rows else total / len(prediction)

@@ -35,7 +35,8 @@ def span_mask(
 ) -> np.ndarray:
     """(num_tokens,) bool, True = hidden: the union of spans that start at distinct places.
 
-    The number of spans is mask_prob * num_tokens / mask_length, rounded up or down at random in proportion. As in the
+    The number of spans is mask_prob * num_tokens / mask_length, rounded up or down at random in proportion, and at
+    least min_spans. As in the
     official code the last possible start is never drawn, so the last token of a sequence stays visible; at least one
     token always does, which the official code leaves to chance and then fails.
     """

@@ -35,11 +35,13 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: Mapping[str, float]) -> None:
+        """One line, on the disk at once; numbers that are not finite become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:
+        """No more lines follow."""
         self._file.close()
 
 
@@ -52,6 +54,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=after_step + 1)
 
     def write(self, metrics: Mapping[str, float]) -> None:
+        """A point of each number but `step`, at that step."""
         for name, value in metrics.items():
             if name != "step":
                 self._writer.add_scalar(  # pyright: ignore[reportUnknownMemberType]
@@ -59,6 +62,7 @@ class TensorBoard:
                 )
 
     def close(self) -> None:
+        """Write what is left and close the file."""
         self._writer.close()
 
 
@@ -87,6 +91,7 @@ class Display:
             self._progress.stop()
 
     def advance(self, step: int) -> None:
+        """Move the progress bar to `step`; elsewhere nothing."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 

@@ -72,6 +72,7 @@ def write(name: str, out: Path) -> None:
 
 
 def renamed(text: str, name: str) -> str:
+    """A text or path of the template, of a modality called `name`."""
     return text.replace(CLASS, class_name(name)).replace(NAME, name)
 
 

@@ -36,6 +36,7 @@ class Head(nn.Module, ABC):
         """The last map and what belongs to it."""
 
     def forward(self, tokens: Tokens) -> Any:
+        """`read` of `features`."""
         return self.read(self.features(tokens))
 
 
@@ -80,7 +81,8 @@ class Objective(ABC):
     """From the labels of a batch's samples to a tensor whose first axis is the batch. Runs in the workers."""
 
     @abstractmethod
-    def head(self, model: ModelConfig, config: FinetuneConfig) -> Head: ...
+    def head(self, model: ModelConfig, config: FinetuneConfig) -> Head:
+        """A new head for a network of this width."""
 
     @abstractmethod
     def loss(self, output: Any, targets: Tensor) -> Tensor:

@@ -228,6 +228,7 @@ class Settings(Options):
         }
 
     def alibi(self) -> dict[str, Any]:
+        """The options of section `alibi`."""
         take = self.take
         return {
             "alibi.use": take("modality.use_alibi_encoder", bool, False),

@@ -255,6 +255,7 @@ def make_plan(modality: Modality[Any]) -> Plan:
 
 
 def peak_of(cost: Cost, device: torch.device) -> Peak:
+    """The most memory that a step needs, counted, and, on a CPU, as its allocator and libraries make of it."""
     predicted = round(CPU_SHARE * cost.peak + CPU_FIXED) if device.type == "cpu" else cost.peak
     return Peak(cost.peak, predicted, cost.peak_part)
 

@@ -31,7 +31,10 @@ class ConvPositionsConfig:
 
 
 class ConvPositions(nn.Module):
-    """depth x [Conv1d (same length, grouped, bias) -> LayerNorm over D without affine -> GELU] on (R, T, D)."""
+    """depth x [Conv1d (same length, grouped, bias) -> LayerNorm over D without affine -> GELU] on (R, T, D).
+
+    D is embed_dim.
+    """
 
     def __init__(self, embed_dim: int, config: ConvPositionsConfig) -> None:
         super().__init__()

@@ -31,18 +31,26 @@ class ProbeRow:
 @torch.no_grad()
 def layers_of(student: Student, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """[transformer input, output of block 1, ...]: (T, D) each, for a batch of one sample, without dropout."""
-    view, layers = _layers(student, inputs)
+    view, layers = all_layers(student, inputs)
     return [layer[0, view.num_extra :].float() for layer in layers]
 
 
 @torch.no_grad()
 def pooled_layers(student: Student, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """The same of a whole batch: (B, D) float32 each, the mean over tokens that are neither extra nor padding."""
-    view, layers = _layers(student, inputs)
+    view, layers = all_layers(student, inputs)
     return [mean_of_valid(replace(view, x=layer)).float() for layer in layers]
 
 
-def _layers(student: Student, inputs: Mapping[str, Tensor]) -> tuple[Tokens, list[Tensor]]:
+def layer_names(student: Student) -> tuple[str, ...]:
+    """Of the tensors of `layers_of`, in their order: input, block-1, ..., and norm where one follows the blocks."""
+    blocks = (f"block-{i + 1}" for i in range(len(student.transformer.blocks)))
+    return ("input", *blocks, *(() if student.transformer.norm is None else ("norm",)))
+
+
+@torch.no_grad()
+def all_layers(student: Student, inputs: Mapping[str, Tensor]) -> tuple[Tokens, list[Tensor]]:
+    """The view of a batch of whole samples, and every layer's output, (B, E + T, D) each, without dropout."""
     training = student.training
     student.eval()
     try:

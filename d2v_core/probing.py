@@ -44,6 +44,7 @@ class Prober:
         self.skipped: dict[str, str] = {}
 
     def fit(self) -> int:
+        """Score every system on every layer and write summary.json. Returns the exit status."""
         started = time.perf_counter()
         split = open_task(self.modality)
         task = split.task

@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from d2v_core.data2vec import Data2Vec, Student
 from d2v_core.errors import UserError
 from d2v_core.keyed import seed_of
 from d2v_core.loss import RegressionLoss
-from d2v_core.probe import layers_of
+from d2v_core.probe import layer_names, layers_of
 from d2v_core.targets import TopKTargets
 from d2v_core.transformer import Transformer
 
@@ -115,31 +115,55 @@ def load_config_of(run: Path, given: Mapping[str, str] | None = None) -> tuple[R
 
 
 class LoadedRun(nn.Module):
-    """A trained encoder, ready to give features. In eval mode, on the CPU unless moved."""
+    """A trained encoder, ready to give features. In eval mode, on the CPU unless moved.
 
-    def __init__(self, config: RunConfig, modality: Modality[Any], student: Student, step: int) -> None:
+    step: of the weights; checkpoint: the folder that they are from, None for untrained ones.
+    """
+
+    def __init__(
+        self, config: RunConfig, modality: Modality[Any], student: Student, step: int, checkpoint: Path | None
+    ) -> None:
         super().__init__()
-        self.config, self.modality, self.step = config, modality, step
+        self.config, self.modality, self.step, self.checkpoint = config, modality, step, checkpoint
         self.student = student
         self.eval()
 
-    @torch.no_grad()
-    def encode(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Features of one sample (B = 1): [transformer input, block 1, ..., block L], (T, D) float32 each.
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Of what `encode` gives, in its order: input, block-1, ..., and norm where one follows the blocks."""
+        return layer_names(self.student)
 
-        inputs: what the modality's `collate` makes of one sample.
+    def encode(self, x: Any) -> list[Tensor]:
+        """Features of one sample: [transformer input, block 1, ..., block L], (T, D) float32 each.
+
+        x: a file's path, or an array, a text, whatever `Modality.sample` of this run's modality takes; a sample of its
+        data set; or a mapping of tensors, what its `collate` makes of one sample.
+        Raises UserError for what it does not take, BadSample for a file that cannot be read.
         """
-        return layers_of(self.student, inputs)
+        if isinstance(x, Mapping):
+            inputs = cast("Mapping[str, Tensor]", x)
+        else:
+            inputs = self.modality.collate([self.modality.prepare_labelled(self.modality.sample(x), None)])
+        device = next(self.parameters()).device
+        return layers_of(self.student, {name: value.to(device) for name, value in inputs.items()})
 
 
-def load(run: str | Path, *, untrained: bool = False, teacher: bool = False, modality: str | None = None) -> LoadedRun:
+def load(
+    run: str | Path,
+    *,
+    untrained: bool = False,
+    teacher: bool = False,
+    modality: str | None = None,
+    given: Mapping[str, str] | None = None,
+) -> LoadedRun:
     """The encoder of a run folder at its newest checkpoint, or, of a fine-tuning run, at its best one.
 
     untrained: the same network with its initial weights instead, for comparison. teacher: the averaged weights.
-    modality: which one, of a joint run. Raises UserError where there is no run, no checkpoint, or its files do not fit.
+    modality: which one, of a joint run. given: options by key, as on the command line, that count in place of the run's
+    own, such as those of its data. Raises UserError where there is no run, no checkpoint, or its files do not fit.
     """
     run = run_of(Path(run), modality)
-    config, kind = load_config_of(run)
+    config, kind = load_config_of(run, given)
     if modality not in (None, config.modality):
         raise UserError(f"{run} is a run of modality={config.modality}, not {modality}.")
     made = kind(config)
@@ -150,7 +174,7 @@ def load(run: str | Path, *, untrained: bool = False, teacher: bool = False, mod
             raise UserError(f"{run} is a fine-tuning run: it has no teacher.")
         return _load_finetuned(run, made, untrained)
     model = build_model(made)
-    step = 0
+    step, folder = 0, None
     if not untrained:
         folder = newest_checkpoint(run)
         stored = checkpoint.load(folder, state=False)
@@ -159,12 +183,12 @@ def load(run: str | Path, *, untrained: bool = False, teacher: bool = False, mod
         step = checkpoint.step_of(folder)
     student = model.teacher.module if teacher else model.student
     assert isinstance(student, Student)
-    return LoadedRun(config, made, student, step)
+    return LoadedRun(config, made, student, step, folder)
 
 
 def _load_finetuned(run: Path, modality: Modality[Any], untrained: bool) -> LoadedRun:
     student = build_student(modality)
-    step = 0
+    step, folder = 0, None
     if not modality.config.finetune.final_norm:
         student.transformer.norm = None
     if not untrained:
@@ -176,7 +200,7 @@ def _load_finetuned(run: Path, modality: Modality[Any], untrained: bool) -> Load
         }
         load_state(student.state_dict(), stored, str(folder))
         step = checkpoint.step_of(folder)
-    return LoadedRun(modality.config, modality, student, step)
+    return LoadedRun(modality.config, modality, student, step, folder)
 
 
 def best_checkpoint(run: Path) -> Path:

@@ -13,6 +13,7 @@ Score = Callable[[np.ndarray, np.ndarray], float]
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Share of predictions that are right."""
     return 100.0 * float((predicted == labels).mean())
 
 

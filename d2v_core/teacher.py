@@ -61,6 +61,7 @@ class EMATeacher(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> EMATeacher:
+        """Stays in eval mode, whatever `mode` is."""
         del mode
         return super().train(False)
 
@@ -94,7 +95,10 @@ class EMATeacher(nn.Module):
         return {n: t for n, t in self.module.state_dict().items() if n not in self._shared}
 
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises KeyError naming what is missing or unknown, ValueError where shapes differ."""
+        """Take the values of `state`, made by `own_state`.
+
+        Raises KeyError naming what is missing or unknown, ValueError where shapes differ.
+        """
         own = self.own_state()
         if own.keys() != state.keys():
             raise KeyError(

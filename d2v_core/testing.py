@@ -98,8 +98,10 @@ def held(promise: str, case: Case) -> Result:
 def check(
     name: str, method: str | None = None, encoder: str | None = None, promises: Sequence[str] = ()
 ) -> Generator[Result]:
-    """The results of an installed modality, one after the other. Raises UserError where it cannot be loaded at all, or
-    has no such method, encoder or promise."""
+    """The results of the installed modality `name`, one after the other; promises: only these.
+
+    Raises UserError where it cannot be loaded at all, or has no such method, encoder or promise.
+    """
     kind = plugins.load(name)
     _known("method", [method] if method else [], kind.methods, f"{name}'s methods")
     _known("encoder", [encoder] if encoder else [], kind.encoders, f"{name}'s encoders")
@@ -183,7 +185,7 @@ class Conformance:
     modality: ClassVar[str]
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        """Called by pytest: a plugin that cannot be loaded at all becomes one failing test."""
+        """Called by pytest with its metafunc: a plugin that cannot be loaded at all becomes one failing test."""
         if "outcome" not in metafunc.fixturenames:
             return
         try:
@@ -203,6 +205,7 @@ class Conformance:
         metafunc.parametrize("outcome", found, ids=names)
 
     def test_promise(self, outcome: Callable[[], Result]) -> None:
+        """Fails with the promise and what breaks it. outcome: from `pytest_generate_tests`."""
         result = outcome()
         if result.status == "nothing to check":
             import pytest

@@ -140,7 +140,7 @@ class Trainer(Loop[Data2Vec]):
             f"The run lies in [bold]{place}[/bold].\nNext:\n"
             f"  tensorboard --logdir {place}\n"
             f"  d2v run modality={self.modality.name} preset={self.config.preset} from={place} data.path=YOUR_DATA\n"
-            f"  python -c \"import d2v_core; print(d2v_core.load('{place}'))\""
+            f"  d2v encode {place} YOUR_DATA"
         )
 
 

@@ -145,7 +145,8 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, bias: AttentionBias = None, taps: bool = False
     ) -> TransformerOutput:
-        """x (R, T, D), padding_mask (R, T) bool with True = padding; taps=True keeps every block's outputs."""
+        """x (R, T, D), padding_mask (R, T) bool with True = padding; bias as `FeatureEncoder.attention_bias` gives it;
+        taps=True keeps every block's outputs."""
         masking = _Masking.of(len(self.blocks), padding_mask, bias)
         ffn_outputs: list[Tensor] = []
         block_outputs: list[Tensor] = []

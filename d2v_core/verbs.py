@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from d2v_core.config import options
+from d2v_core.config import option_rows, options
 from d2v_core.errors import UserError
 
 T = TypeVar("T")
@@ -16,18 +15,8 @@ T = TypeVar("T")
 def print_help(text: str, kind: type) -> None:
     """A verb's text, then a line for each field of the dataclass of its options, those of sections with a dot."""
     print(text, end="")
-    _print_options(kind, "")
-
-
-def _print_options(kind: type, section: str) -> None:
-    for field in fields(cast("Any", kind)):
-        if "doc" in field.metadata:
-            value: Any = field.default if field.default is not MISSING else cast("Any", field.default_factory)()
-            if isinstance(value, list):
-                value = f"[{','.join(map(str, cast('list[Any]', value)))}]"
-            print(f"  {section}{field.name}={'null' if value is None else value}: {field.metadata['doc']}")
-        else:  # a section
-            _print_options(cast("Any", field.default_factory), f"{section}{field.name}.")
+    for name, default, _, doc in option_rows(kind):
+        print(f"  {name}={default}: {doc}")
 
 
 def train_words(

@@ -59,7 +59,8 @@ def alibi_slopes(num_heads: int) -> list[float]:
 class Alibi(nn.Module):
     """-slope_h |i - j| max(scale, 0) between the original places i and j of two tokens; 0 for extra tokens.
 
-    scale: (layers * heads,), each 1 or all of them, layers outside. A vector, as biases and norms are.
+    num_heads, num_layers: of the network that it is for. scale: (layers * heads,), each 1 or all of them, layers
+    outside. A vector, as biases and norms are.
     """
 
     slopes: Tensor
@@ -123,8 +124,9 @@ class Prenet(nn.Module):
         return self.transformer(x, padding_mask, self.own(bias)).x
 
     def own(self, bias: AttentionBias) -> AttentionBias:
+        """What of a `bias` is for the prenet blocks: a single one, or the first of those for each block."""
         return bias if bias is None or isinstance(bias, Tensor) else bias[: self.num_layers]
 
     def rest(self, bias: AttentionBias) -> AttentionBias:
-        """What is left for the shared blocks."""
+        """What of a `bias` is left for the shared blocks."""
         return bias if bias is None or isinstance(bias, Tensor) else bias[self.num_layers :]

@@ -59,6 +59,7 @@ class Desk:
             self._rows[worker.id] = torch.tensor([index, time.monotonic()], dtype=torch.float64)
 
     def sample_of(self, worker: int) -> int | None:
+        """The number of the sample that a process is at; None = at none."""
         index = int(self._rows[worker, 0])
         return None if index < 0 else index
 

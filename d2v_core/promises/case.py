@@ -61,6 +61,7 @@ class Mini:
 
     @property
     def num_tokens(self) -> int:
+        """Of the longest sample."""
         return max(layout.num_tokens for layout in self.layouts)
 
 
@@ -109,6 +110,7 @@ class Case:
 
     @cached_property
     def dataset(self) -> Dataset[Any]:
+        """The modality's training data, opened once."""
         return self.modality.dataset("train")
 
     @cached_property
@@ -135,13 +137,16 @@ class Case:
         return self.of(found)
 
     def of(self, samples: list[Any]) -> Mini:
+        """These prepared samples with their layouts and inputs."""
         return Mini(samples, [self.modality.layout(one) for one in samples], self.modality.collate(samples))
 
     @cached_property
     def policy(self) -> MaskingPolicy:
+        """The modality's masking, made once."""
         return self.modality.masking()
 
     def masks(self, layouts: Sequence[Layout], num_copies: int, seed: int = 0) -> Masks:
+        """Masks of samples with these layouts, of a generator for each that `seed` decides."""
         return self.policy(layouts, num_copies, [generator(seed, "mask", i) for i in range(len(layouts))])
 
     def batch(self, seed: int = 0) -> tuple[Mapping[str, Tensor], Masks, Mapping[str, Tensor] | None]:
@@ -161,10 +166,12 @@ class Case:
 
     @property
     def encoder_module(self) -> FeatureEncoder:
+        """The feature encoder of `model`."""
         return self.model.student.encoder
 
     @cached_property
     def visible_only(self) -> bool:
+        """Whether the student is given visible tokens only."""
         return self.masks(self.mini.layouts, 1).visible is not None
 
 

@@ -99,12 +99,14 @@ def test_its_own_files(seismic: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     folder.mkdir()
     with pytest.raises(UserError, match=r"holds no .npy file"):
         Files(folder, 40)
-    with pytest.raises(UserError, match=r"data.path=.*gone is no folder"):
+    with pytest.raises(UserError, match=r"data.path=.*gone does not exist"):
         Files(folder / "gone", 40)
     np.save(folder / "a.npy", np.arange(100.0))
     np.save(folder / "b.npy", np.zeros(5))
     np.save(folder / "c.npy", np.full(50, np.nan))
     (folder / "d.npy").write_bytes(b"no array")
+    one = Files(folder / "a.npy", 40)
+    assert len(one) == 1 and one.id(0) == "a.npy" and one[0].tolist() == list(range(100))
     files = Files(folder, 40)
     assert [files.id(i) for i in range(4)] == ["a.npy", "b.npy", "c.npy", "d.npy"]
     assert files.sizes.tolist() == [100, 5, 50, 1] and files[0].tolist() == list(range(100))

@@ -139,6 +139,37 @@ def test_who_provides_what_and_what_is_wrong_with_it(distribution, d2v, tmp_path
     assert status == 2 and "is refused: d2v-old 1.5 was built for version 0" in text
 
 
+FAULTS = {
+    "an import that fails": (
+        "import gone",
+        "cannot be imported: ModuleNotFoundError: No module named 'gone'. Reinstall",
+    ),
+    "a hook misspelled": (ODD.replace("def d2v_modality", "def d2v_modalty"), "has a hook that d2v does not know"),
+    "another type returned": (ODD.replace("return Renamed", "return 3"), "returns 3 from d2v_modality(); expected"),
+    "an old contract": (CONTRACT.format(0, name="odd"), "was built for version 0 of the contract, this d2v"),
+    "two distributions": (ODD, "The modality 'odd' is claimed by d2v-odd 1.5"),
+}
+
+
+@pytest.mark.parametrize(("code", "sentence"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_broken_plugin_stops_no_other_modality(distribution, d2v, tmp_path: Path, code: str, sentence: str):
+    """It says what is wrong when it is asked for; a run of another modality trains to its end, equal to the bit."""
+    words = ("run", "modality=toy", "train.max_steps=2", "train.tensorboard=false", "train.probe=false")
+    assert d2v(*words, f"out={tmp_path / 'before'}")[0] == 0
+    distribution("d2v-odd", "odd", code)
+    if "claimed" in sentence:
+        distribution("d2v-odd-too", "odd", code)
+    for verb in (("run", "modality=odd"), ("config", "modality=odd"), ("check", "odd")):
+        status, text = d2v(*verb)
+        assert status == 2 and sentence in text and "Traceback" not in text, text
+    status, text = d2v(*words, f"out={tmp_path / 'beside'}")
+    assert status == 0 and "odd" not in text
+    weights = [next((tmp_path / run).glob("checkpoints/step-*/model.safetensors")) for run in ("before", "beside")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert d2v("modalities")[0] == 0 and d2v("--help")[0] == 0
+    assert sentence.split(";")[0] in d2v("plugins")[1]
+
+
 def test_unknown(d2v):
     with pytest.raises(UserError, match=r"There is no modality 'smell'\. Installed: .*toy.* pip install it"):
         plugins.load("smell")

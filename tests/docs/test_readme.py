@@ -98,6 +98,9 @@ def test_a_command_parses(page: str, words: list[str], capsys: pytest.CaptureFix
             given.append(f"from={tmp_path}")
         config, _ = load_run(with_sequel(given)[0])
         assert config.modality
+    elif verb in cli.OWN_MODULES.keys() - {"new", "check"}:
+        given = {word.split("=")[0] for word in rest if "=" in word}
+        assert {key for key in given if "." not in key} <= set(_options_in_help(verb, capsys))
     elif verb in {command.name for command in plugins.installed(plugins.COMMANDS)}:
         known = {name.strip("=") for name in _options_in_help(verb, capsys)}
         given = [word.split("=")[0] for word in rest if "=" in word and not word.startswith("--")]

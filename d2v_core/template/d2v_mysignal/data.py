@@ -10,6 +10,7 @@ import numpy as np
 from d2v_core.config import opt
 from d2v_core.contract import BadSample, Dataset
 from d2v_core.errors import UserError
+from d2v_core.files import existing
 from d2v_core.keyed import generator
 
 
@@ -17,7 +18,9 @@ from d2v_core.keyed import generator
 class DataConfig:
     """Section `data`: which signals, and how many in a step."""
 
-    path: str | None = opt(None, "Folder of .npy files, one signal each, (S,) numbers; null = built-in signals.")
+    path: str | None = opt(
+        None, "Folder of .npy files, or one, each a signal of (S,) numbers; null = built-in signals."
+    )
     num_signals: int = opt(400, "Built-in signals.")
     batch: int = opt(16000, "Values of the signals in an optimizer step.")
     max_size: int = opt(2000, "Longer signals are cropped to this many values.")
@@ -30,15 +33,14 @@ class DataConfig:
 
 
 class Files(Dataset[np.ndarray]):
-    """The .npy files under a folder, each a signal of at least `min_size` values."""
+    """The .npy files under a folder, or one of them, each a signal of at least `min_size` values."""
 
-    def __init__(self, folder: Path, min_size: int) -> None:
-        if not folder.is_dir():
-            raise UserError(f"data.path={folder} is no folder. Give one that holds .npy files.")
-        self.folder, self.min_size = folder, min_size
-        self.paths = sorted(folder.rglob("*.npy"))
+    def __init__(self, given: str | Path, min_size: int) -> None:
+        path = existing(given, "a folder of .npy files, or one of them")  # an error says what is there instead
+        self.folder, self.min_size = (path if path.is_dir() else path.parent), min_size
+        self.paths = sorted(path.rglob("*.npy")) if path.is_dir() else [path]
         if not self.paths:
-            raise UserError(f"data.path={folder} holds no .npy file.")
+            raise UserError(f"data.path={given} holds no .npy file.")
         # Sizes without reading all: NumPy maps a file and reads its header. A file that is no array is found when read.
         self.sizes = np.array([max(_size(path), 1) for path in self.paths], dtype=np.int64)
 
@@ -86,4 +88,4 @@ class Pulses(Dataset[np.ndarray]):
 
 def open_dataset(config: DataConfig, min_size: int) -> Dataset[np.ndarray]:
     """min_size: shortest signal of use, in values."""
-    return Pulses(config.num_signals) if config.path is None else Files(Path(config.path), min_size)
+    return Pulses(config.num_signals) if config.path is None else Files(config.path, min_size)

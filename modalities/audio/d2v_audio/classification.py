@@ -406,6 +406,7 @@ def hold_speakers_back(
 
 
 def speakers(part: Sequence[Labelled]) -> set[str]:
+    """Those whose clips are in a part."""
     return {clip.speaker for clip, _ in part if clip.speaker}
 
 

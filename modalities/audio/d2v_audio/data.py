@@ -85,6 +85,7 @@ class AudioFiles(Dataset[AudioSample]):
     def __init__(self, report: ScanReport, sample_rate: int) -> None:
         self.report, self.sample_rate = report, sample_rate
         self.clips: Sequence[Clip] = report.clips
+        self.left_out = report.left_out
         self.sizes = np.array([clip.num_samples for clip in self.clips], dtype=np.int64)
 
     def id(self, index: int) -> str:

@@ -85,6 +85,7 @@ class WaveformEmbedding(nn.Module):
         return F.gelu(self.norms[-1](x))
 
     def forward(self, waveform: Tensor, num_samples: Tensor | None) -> Tokens:
+        """waveform (B, S), num_samples (B,) or None where all are whole -> (B, T, D), nothing placed or hidden yet."""
         if self.grad_mult == 0:
             with torch.no_grad():
                 x = self.convolve(waveform)
@@ -174,6 +175,7 @@ class WaveformGeometry:
         self.offset_s = field / 2 / sample_rate
 
     def num_tokens(self, num_samples):
+        """Of a waveform of so many samples, a number or a tensor of them."""
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
             num_samples = (num_samples - kernel) // stride + 1
         return num_samples
@@ -192,9 +194,11 @@ class LogMelGeometry:
         self.offset_s = ((self.kernel - 3) / 2 * self.hop + self.window / 2) / sample_rate
 
     def num_windows(self, num_samples):
+        """Of a waveform of so many samples, a number or a tensor of them."""
         return (num_samples - self.window) // self.hop + 1
 
     def num_tokens(self, num_samples):
+        """Of a waveform of so many samples, a number or a tensor of them."""
         return (self.num_windows(num_samples) + 2 - self.kernel) // self.stride + 1
 
 
@@ -323,6 +327,7 @@ def embedded(embedding: WaveformEmbedding | LogMelEmbedding, inputs: Mapping[str
 def make_embedding(
     features: WaveformConfig | LogMelConfig, embed_dim: int, sample_rate: int
 ) -> WaveformEmbedding | LogMelEmbedding:
+    """The front end that the options name."""
     if isinstance(features, WaveformConfig):
         return WaveformEmbedding(features, embed_dim, sample_rate)
     return LogMelEmbedding(features, embed_dim, sample_rate)
@@ -337,6 +342,7 @@ def make_encoder(
 
 
 def make_geometry(features: WaveformConfig | LogMelConfig, sample_rate: int) -> Geometry:
+    """Where the front end's tokens will stand. Raises ValueError for options that cannot work."""
     if isinstance(features, WaveformConfig):
         check_waveform(features)
         return WaveformGeometry(features, sample_rate)
@@ -351,6 +357,7 @@ def make_geometry(features: WaveformConfig | LogMelConfig, sample_rate: int) -> 
 
 
 def check_waveform(config: WaveformConfig) -> None:
+    """Raises ValueError for options that cannot work."""
     if len(config.kernels) != len(config.strides) or not config.kernels:
         raise ValueError(
             f"features.kernels={config.kernels} and features.strides={config.strides} must be equally long"

@@ -55,11 +55,21 @@ class ScanReport:
     """What `scan` found; `sample_rate` (Hz) and `min_s` (seconds) are what it was asked for."""
 
     clips: tuple[Clip, ...]  # usable, sorted by id
-    too_short: int  # files dropped for being shorter than min_s
+    short: tuple[str, ...]  # ids of files dropped for being shorter than min_s
     bad: tuple[tuple[str, str], ...]  # (id, reason) of each unreadable file, sorted by id
     resampled: int  # clips whose rate differs from the target
     sample_rate: int = 16000
     min_s: float = 0.0
+
+    @property
+    def too_short(self) -> int:
+        """How many were dropped for being shorter than min_s."""
+        return len(self.short)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Id and reason of every file that was found and is not among the clips."""
+        return {**dict(self.bad), **dict.fromkeys(self.short, f"shorter than {self.min_s:g} s")}
 
     def hours(self, sample_rate: int | None = None) -> float:
         """Length of all clips; `sample_rate` is the scan's own unless given."""
@@ -131,7 +141,8 @@ def scan(
         clips = [clip for clip in clips if clip.id not in damaged]
         long = tuple(clip for clip in long if clip.id not in damaged)
     other = [clip for clip in long if clip.source_rate != sample_rate]
-    report = ScanReport(long, len(clips) - len(long), tuple(bad), len(other), sample_rate, min_s)
+    short = tuple(clip.id for clip in clips if clip.num_samples < shortest)
+    report = ScanReport(long, short, tuple(bad), len(other), sample_rate, min_s)
 
     check_bad_files(_named(bad), len(entries), max_bad_ratio, "audio files", path)
     if not long:

@@ -208,6 +208,7 @@ def _short(lm: str) -> str:
 
 
 def cell_folder(out: Path, labels: str, seed: int, weights: str) -> Path:
+    """Where the run of a cell lies below `out`."""
     return out / f"{weights}-{labels.replace('%', 'pc')}-seed{seed}"
 
 

@@ -51,6 +51,7 @@ class Letters:
 
     @property
     def boundary(self) -> int:
+        """The id of what stands between words."""
         return self.symbols.index(BOUNDARY)
 
     def unknown(self, text: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2v_audio.augment import AugmentConfig
 from d2v_audio.classification import LabelledConfig, open_classification
-from d2v_audio.data import AudioConfig, AudioSample, open_dataset, phone_probe
+from d2v_audio.data import AudioConfig, AudioSample, normalise, open_dataset, phone_probe
 from d2v_audio.feature_encoder import (
     AudioEncoder,
     LogMelConfig,
@@ -117,6 +117,25 @@ class AudioModality(Modality[AudioSample]):
     def dataset(self, split: str) -> Dataset[AudioSample]:
         return open_dataset(self.data, split, self.config.seed, self.min_samples)
 
+    def all_samples(self) -> Dataset[AudioSample]:
+        """Every clip that makes a token: what is damaged or too short for one is left out by name. The bounds that are
+        training's own, data.min_s, data.max_s and data.max_bad_ratio, do not count."""
+        data = replace(self.data, max_bad_ratio=1.0, verify="headers")
+        return open_dataset(data, "train", self.config.seed, self.geometry.min_samples)
+
+    def sample(self, given: Any) -> AudioSample:
+        """An audio file's path, or (S,) numbers at `data.sample_rate`, of any loudness."""
+        if isinstance(given, (str, Path, AudioSample)):
+            return super().sample(given)
+        waveform = np.asarray(given, dtype=np.float32)
+        least = self.geometry.min_samples
+        if waveform.ndim != 1 or len(waveform) < least or not np.isfinite(waveform).all():
+            raise UserError(
+                f"A waveform of shape {waveform.shape} was given; expected (S,) finite numbers at "
+                f"{self.data.sample_rate} Hz, S at least {least}, or the path of an audio file."
+            )
+        return AudioSample(normalise(waveform))
+
     @property
     def min_samples(self) -> int:
         """Shortest clip of use: data.min_s, and two tokens in any case, one to hide and one to see."""
@@ -210,9 +229,10 @@ class AudioModality(Modality[AudioSample]):
         return open_transcription(self) if transcripts else open_classification(self)
 
     def prepare_labelled(self, sample: AudioSample, rng: np.random.Generator | None) -> AudioSample:
-        """A clip whose transcript is asked for, whole; of others at most data.max_s, at random while training, else
-        the middle. While training, with what section augment withholds."""
-        if self.config.section("labelled", LabelledConfig).task == "classes":
+        """Whole, but of a clip whose class is asked for at most data.max_s, at random while training, else the middle.
+        While training, with what section augment withholds."""
+        labelled = self.config.sections.get("labelled")  # pre-training has no such section
+        if isinstance(labelled, LabelledConfig) and labelled.task == "classes":
             sample = _cropped(sample, round(self.data.max_s * self.data.sample_rate), rng)
         if rng is None or not isinstance(self.features, LogMelConfig):
             return sample

@@ -14,6 +14,7 @@ D2V_CONTRACT = 1
 
 @hookimpl
 def d2v_modality() -> type[Modality[Any]]:
+    """The modality; torch is imported here and not before."""
     from d2v_audio.modality import AudioModality
 
     return AudioModality

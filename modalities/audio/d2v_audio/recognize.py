@@ -28,7 +28,7 @@ Waveform = np.ndarray | Tensor
 
 
 class Recognizer:
-    """A network that spells speech. In eval mode; `to` moves it.
+    """A network that spells speech, made of a `loaded` run. In eval mode; `to` moves it.
 
     letters: the vocabulary; its ids are the last axis of `emissions`, 0 is CTC's blank. frame_s: time from one frame to
     the next, seconds. offset_s: the middle of frame 0. sample_rate: Hz, of the waveforms it takes. modality, config,
@@ -43,11 +43,12 @@ class Recognizer:
         self.sample_rate = self.modality.data.sample_rate
 
     def to(self, device: str | torch.device) -> Recognizer:
+        """Move the network to `device`; returns the recogniser."""
         self.loaded.to(device)
         return self
 
     def read(self, path: str | Path) -> np.ndarray:
-        """(S,) float32 of an audio file, at `sample_rate`. Raises UserError where it cannot be read."""
+        """(S,) float32 of the audio file `path`, at `sample_rate`. Raises UserError where it cannot be read."""
         try:
             report = files.scan(path, sample_rate=self.sample_rate, max_bad_ratio=0.0)
             clip, *more = report.clips
@@ -75,7 +76,7 @@ class Recognizer:
         return [done[i] for i in range(len(samples))]
 
     def transcribe(self, waveforms: Sequence[Waveform], batch_s: float = 0.0) -> list[str]:
-        """What is said in each, by greedy decoding; see `emissions`."""
+        """What is said in each, by greedy decoding; batch_s as for `emissions`."""
         return [self.letters.decode(greedy(one)) for one in self.emissions(waveforms, batch_s)]
 
     def _sample(self, waveform: Waveform, number: int) -> AudioSample:
@@ -102,7 +103,10 @@ class Recognizer:
 
 
 def load_recognizer(path: str | Path) -> Recognizer:
-    """The best weights of a run that was fine-tuned on transcripts. Raises UserError where there is no such thing."""
+    """The best weights of the run in the folder `path`, fine-tuned on transcripts.
+
+    Raises UserError where there is no such thing.
+    """
     loaded = load_finetuned(path)
     if not isinstance(loaded.modality, AudioModality) or not isinstance(loaded.objective, Symbols):
         raise UserError(

@@ -78,6 +78,7 @@ class Transcript:
 
     @property
     def text(self) -> str:
+        """The words with blanks between."""
         return " ".join(word.text for word in self.words)
 
 

@@ -272,7 +272,7 @@ def _joined(reports: Sequence[ScanReport]) -> ScanReport:
     return replace(
         reports[0],
         clips=tuple(clip for report in reports for clip in report.clips),
-        too_short=sum(report.too_short for report in reports),
+        short=tuple(name for report in reports for name in report.short),
         bad=tuple(one for report in reports for one in report.bad),
         resampled=sum(report.resampled for report in reports),
     )

@@ -28,6 +28,7 @@ class Edits:
 
     @property
     def errors(self) -> int:
+        """Substitutions, deletions and insertions together."""
         return self.substitutions + self.deletions + self.insertions
 
     @property

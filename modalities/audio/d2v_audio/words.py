@@ -53,6 +53,7 @@ class Heard(NamedTuple):
 
     @property
     def text(self) -> str:
+        """The words with blanks between."""
         return " ".join(self.words)
 
 

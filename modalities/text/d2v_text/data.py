@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch.nn import functional as F
 
 from d2v_core.config import opt
 from d2v_core.contract import Dataset, ProbeTask
+from d2v_core.errors import UserError
 from d2v_text import grammar
-from d2v_text.files import TokenisedText, block_ids, blocks
-from d2v_text.tokenizer import PAD
+from d2v_text.files import Reader, TokenisedText, block_ids, blocks, find_files
+from d2v_text.tokenizer import BOS, BPE, EOS, PAD
 
 
 @dataclass
@@ -88,7 +90,51 @@ class Blocks(Dataset[Sample]):
         return self.description.format(tokens=int(self.lengths.sum()), blocks=len(self))
 
 
+class Lines(Dataset[Sample]):
+    """Each line of text, and each record's text, by itself: `<s>`, its tokens, `</s>`, cut to `max_tokens`.
+
+    Ids are the file's path below `data.path` and the number of the line: `notes/a.txt:12`.
+    """
+
+    def __init__(self, config: TextConfig, tokenizer: BPE, max_tokens: int) -> None:
+        assert config.path is not None
+        files, root = find_files(config.path), Path(config.path).expanduser().resolve()
+        reader = Reader(config.key, every={})
+        self.names: list[str] = []
+        self.ids: list[np.ndarray] = []
+        self.num_cut, self.num_files = 0, len(files)
+
+        def name(file: Path, number: int) -> str:
+            return f"{file.name if file == root else file.relative_to(root).as_posix()}:{number}"
+
+        for file in files:
+            for number, texts in reader.numbered(file):
+                text = " ".join(filter(None, texts))
+                if not text or (self.names and self.names[-1] == name(file, number)):  # the rest of an endless line
+                    continue
+                (ids,) = tokenizer.encode([text])
+                self.num_cut += len(ids) > max_tokens - 2
+                self.names.append(name(file, number))
+                self.ids.append(np.array([BOS, *ids[: max_tokens - 2], EOS], dtype=np.int32))
+        if not self.ids:
+            raise UserError(f"data.path={config.path}: no text in {len(files)} files. {reader.summary()}".rstrip(". "))
+        self.max_tokens = max_tokens
+        self.sizes = np.array([len(ids) for ids in self.ids], dtype=np.int64)
+        self.left_out = {name(*place): reason for place, reason in (reader.every or {}).items()}
+
+    def id(self, index: int) -> str:
+        return self.names[index]
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.ids[index].astype(np.int64)
+
+    def describe(self) -> str:
+        text = f"{len(self)} lines or records with text in {self.num_files} files"
+        return text + (f"; {self.num_cut} are cut to {self.max_tokens} tokens" if self.num_cut else "")
+
+
 def from_files(text: TokenisedText, config: TextConfig) -> Blocks:
+    """Blocks of a tokenised text."""
     more = f"\n{text.notes}" if text.notes else ""
     return Blocks(
         text,

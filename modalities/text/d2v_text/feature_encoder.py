@@ -83,6 +83,7 @@ class TokenEmbedding(nn.Module):
         self.checked = False
 
     def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) int64 -> (B, T, D). Raises UserError where the weights are those of another vocabulary."""
         if not self.checked:
             self._check(int(self.fingerprint))
             self.checked = True

@@ -56,7 +56,8 @@ def find_files(given: str | Path, key: str = "data.path") -> list[Path]:
 class Reader:
     """Lines of text from files; an empty one ends a document. Counts what it leaves out and names the first few.
 
-    section: what stands before the names of options in messages.
+    section: what stands before the names of options in messages. every: all that is left out, by file and line, where
+    it is asked for; there may be a lot of it.
     """
 
     key: str
@@ -65,23 +66,28 @@ class Reader:
     num_bad: int = 0
     bad: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    every: dict[tuple[Path, int], str] | None = None
 
     def lines(self, path: Path) -> Iterator[str]:
         """Plain text by line, or a record's text by line; each file and each record is at least one document."""
+        for _, texts in self.numbered(path):
+            yield from texts
+        yield ""
+
+    def numbered(self, path: Path) -> Iterator[tuple[int, list[str]]]:
+        """(number of a line in the file, its text or its record's text by line); nothing for what is left out."""
         records = path.suffix.lower() in RECORD_EXTENSIONS
         any_text = False
         try:
             with path.open("rb") as file:
                 for number, piece in _pieces(file, LONGEST_RECORD if records else LONGEST_PIECE, records):
                     texts = self._record(path, number, piece) if records else self._line(path, number, piece)
-                    for text in texts:
-                        any_text = any_text or bool(text)
-                        yield text
+                    any_text = any_text or any(texts)
+                    yield number, texts
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from error
         if not any_text:
             self.empty.append(path.name)
-        yield ""
 
     def _line(self, path: Path, number: int, piece: bytes) -> list[str]:
         self.num_lines += 1
@@ -117,6 +123,8 @@ class Reader:
 
     def _leave_out(self, path: Path, number: int, reason: str) -> None:
         self.num_bad += 1
+        if self.every is not None:
+            self.every[path, number] = reason
         if len(self.bad) < 5:
             self.bad.append(f"{path.name} line {number}: {reason}")
 
@@ -177,9 +185,11 @@ class TokenisedText:
     num_files: int
 
     def ids(self) -> np.ndarray:
+        """(num_tokens,) mapped from the disk."""
         return np.memmap(self.folder / "ids.bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
 
     def sizes(self) -> np.ndarray:
+        """(sentences,) int32 mapped from the disk."""
         return np.load(self.folder / "sizes.npy", mmap_mode="r")
 
 

@@ -79,6 +79,7 @@ def lexicon() -> _Lexicon:
 
 @lru_cache
 def vocabulary() -> Vocabulary:
+    """Of all words of the grammar."""
     return Vocabulary.of(lexicon().symbols)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from d2v_core.config import RunConfig, read_yaml
@@ -26,7 +28,7 @@ from d2v_core.errors import UserError
 from d2v_core.masking import BlockMasking, BlockMaskingConfig
 from d2v_core.transformer import init_bert
 from d2v_text import grammar, labelled
-from d2v_text.data import Sample, TextConfig, collate, from_files, from_grammar, role_probe
+from d2v_text.data import Lines, Sample, TextConfig, collate, from_files, from_grammar, role_probe
 from d2v_text.feature_encoder import (
     EmbeddingConfig,
     HeadConfig,
@@ -121,6 +123,11 @@ class TextModality(Modality[Sample]):
         if self.tokenizer_file is not None:
             found = self.tokenizer.vocabulary
         elif self.data.path is not None:
+            if self.config.home is not None:
+                raise UserError(
+                    f"The run {self.config.home} was trained on the built-in grammar, whose words are not those of "
+                    f"data.path={self.data.path}. Take a run that was trained on text."
+                )
             kept = Path(self.config.from_run or "") / TOKENIZER
             if self.config.from_run and kept.is_file():
                 raise UserError(f"data.path={self.data.path} needs a tokenizer, that of `from`: data.tokenizer={kept}.")
@@ -179,11 +186,15 @@ class TextModality(Modality[Sample]):
         """
         return collate([self.sample(text)])
 
-    def sample(self, *texts: str) -> Sample:
-        """What `LoadedClassifier.predict` takes, for one text or a pair; as labelled data are read."""
+    def sample(self, given: Any, *more: str) -> Sample:
+        """A text, or a pair of them, as labelled data are read; a file's `Path`, if it has one line; or ids, (T,)."""
+        if isinstance(given, Path):
+            return super().sample(given)
+        if not isinstance(given, str):
+            return np.asarray(given, dtype=np.int64)
         if self.tokenizer_file is None:
             raise UserError("This run has no tokenizer: it was trained on the built-in grammar. Give it ids.")
-        (ids,), _ = labelled.encode(self.tokenizer, [texts], self.max_tokens)
+        (ids,), _ = labelled.encode(self.tokenizer, [(given, *more)], self.max_tokens)
         return ids
 
     @property
@@ -226,6 +237,10 @@ class TextModality(Modality[Sample]):
                 "Give data.path=YOUR_TEXT, or leave data.tokenizer and embedding.vocab_size out."
             )
         return from_grammar(data)
+
+    def all_samples(self) -> Dataset[Sample]:
+        """Each line of the files at data.path, and each record's text, by itself; else blocks of the grammar."""
+        return self.dataset("train") if self.data.path is None else Lines(self.data, self.tokenizer, self.max_tokens)
 
     def batching(self) -> Batching:
         data = self.data

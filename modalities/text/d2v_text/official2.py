@@ -19,6 +19,7 @@ _ROWS = (
 
 
 def names(config: RunConfig) -> Names:
+    """The official names of the weights of a run with this configuration."""
     return Names(
         config,
         "TEXT",

@@ -73,6 +73,7 @@ class BPE:
         temporary.replace(path)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special symbols written out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 

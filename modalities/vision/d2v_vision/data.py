@@ -90,6 +90,7 @@ class ImageFiles(_Images):
     def __init__(self, report: ScanReport, max_pixels: int) -> None:
         super().__init__(len(report.images))
         self.report, self.max_pixels = report, max_pixels
+        self.left_out = report.left_out
 
     def id(self, index: int) -> str:
         return self.report.images[index].id

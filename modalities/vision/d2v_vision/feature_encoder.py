@@ -88,6 +88,7 @@ class PatchEmbedding(nn.Module):
         init_official(self, init_std)
 
     def forward(self, image: Tensor) -> Tensor:
+        """image (B, 3, height, width) -> (B, T, D)."""
         # A convolution without overlap is a matrix product on the patches, which is faster on a CPU.
         p = self.patch_size
         patches = rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)

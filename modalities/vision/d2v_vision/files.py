@@ -54,12 +54,23 @@ class ScanReport:
     top: Path
     images: tuple[ImageFile, ...]  # sorted by id
     bad: tuple[tuple[str, str], ...]  # (id, reason), sorted by id
-    too_small: int
+    small: tuple[str, ...]  # ids of those dropped as narrower than min_side
     min_side: int
     empty: tuple[str, ...]  # class folders without any image
 
     @property
+    def too_small(self) -> int:
+        """How many were dropped as narrower than min_side."""
+        return len(self.small)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Id and reason of every file that was found and is not among the images."""
+        return {**dict(self.bad), **dict.fromkeys(self.small, f"narrower than {self.min_side} pixels")}
+
+    @property
     def labels(self) -> tuple[str, ...]:
+        """Names of the class folders, sorted."""
         return tuple(sorted({image.label for image in self.images if image.label is not None}))
 
     def summary(self) -> str:
@@ -114,7 +125,13 @@ def scan(
     images = tuple(
         image for image, size in zip(found, sizes, strict=True) if not isinstance(size, str) and min(size) >= min_side
     )
-    report = ScanReport(top, images, bad, len(found) - len(bad) - len(images), min_side, empty)
+    usable = {image.id for image in images}
+    small = tuple(
+        image.id
+        for image, size in zip(found, sizes, strict=True)
+        if not isinstance(size, str) and image.id not in usable
+    )
+    report = ScanReport(top, images, bad, small, min_side, empty)
     check_bad_files(_named(bad), len(found), max_bad_ratio, "images", path, MORE)
     if not images:
         raise UserError(

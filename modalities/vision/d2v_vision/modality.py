@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from d2v_core.config import RunConfig
@@ -27,6 +30,7 @@ from d2v_vision.feature_encoder import (
     init_official,
     init_transformer,
 )
+from d2v_vision.files import to_rgb
 from d2v_vision.labelled import AugmentConfig, middle, mix, open_task, training_transform, vary
 from d2v_vision.masking import BlockMasking, BlockMaskingConfig
 from d2v_vision.synthetic import SyntheticShapes
@@ -96,6 +100,24 @@ class VisionModality(Modality[ImageSample]):
 
     def dataset(self, split: str) -> Dataset[ImageSample]:
         return open_dataset(self.data, self.patch_size)
+
+    def all_samples(self) -> Dataset[ImageSample]:
+        """Every image that can be read and is no narrower than a patch, however many others there are."""
+        return open_dataset(replace(self.data, max_bad_ratio=1.0, verify="headers"), self.patch_size)
+
+    def sample(self, given: Any) -> ImageSample:
+        """An image file's path, a PIL image, or (height, width, 3) uint8."""
+        if isinstance(given, (str, Path, ImageSample)):
+            return super().sample(given)
+        if isinstance(given, Image.Image):
+            return ImageSample(to_rgb(given))
+        pixels = np.asarray(given)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+            raise UserError(
+                f"Pixels of shape {pixels.shape} and type {pixels.dtype} were given; expected (height, width, 3) "
+                "uint8, a PIL image, or the path of an image file."
+            )
+        return ImageSample(pixels)
 
     def batching(self) -> Batching:
         return Batching(self.data.batch, self.data.micro_batch or self.data.batch, max_size=1)

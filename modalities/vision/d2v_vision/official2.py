@@ -17,6 +17,7 @@ _ROWS = (
 
 
 def names(config: RunConfig) -> Names:
+    """The official names of the weights of a run with this configuration."""
     return Names(config, "IMAGE", _ROWS, shapes={"student.encoder.cls_token": (1, 1, -1)})
 
 
