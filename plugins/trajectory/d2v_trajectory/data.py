@@ -111,7 +111,7 @@ class Trajectories(Dataset[np.ndarray]):
     def __init__(self, config: DataConfig, groups: Sequence[Group] | None) -> None:
         names, found, bad = [group.name for group in groups or ()] or config.groups, {}, []
         if config.path is None:
-            found = dict(enumerate(simulated.episodes("pretrain", range(2000), 96)))
+            found = {str(i): one for i, one in enumerate(simulated.episodes("pretrain", range(2000), 96))}
         for one, (path, group) in ({} if config.path is None else find(config.path)).items():
             try:
                 found[one] = checked(read(path, group, names), names, config.min_steps)
@@ -124,7 +124,7 @@ class Trajectories(Dataset[np.ndarray]):
             self.values = [encode(one, self.groups) for one in found.values()]
         except BadSample as error:
             raise UserError(f"data.path={config.path} has trajectories with different channels: {error}.") from error
-        self.names = list(map(str, found))
+        self.names = list(found)
         self.sizes = np.array([len(one) for one in self.values], dtype=np.int64)
 
     def id(self, index: int) -> str:
