@@ -139,7 +139,8 @@ class Trajectories(Dataset[np.ndarray]):
 
 def return_probe(groups: Sequence[Group], given: int) -> ProbeTask:
     """How much reward follows a built-in trajectory of which `given` steps are seen: the sum over as many further ones,
-    in four parts of equal size."""
+    in four parts of equal size, told at one token: that of the last action."""
+    place = (given - 1) * len(groups) + max(i for i, group in enumerate(groups) if group.name == "actions" or i == 0)
 
     def to_go(drawn: Sequence[Episode]) -> list[float]:
         return [float(one["rewards"][given:].sum()) for one in drawn]
@@ -149,17 +150,18 @@ def return_probe(groups: Sequence[Group], given: int) -> ProbeTask:
     def part(split: str, count: int) -> list[tuple[Mapping[str, Tensor], Tensor]]:
         drawn = simulated.episodes(split, range(count), 2 * given)
         seen = [{"values": torch.as_tensor(encode(one, groups)[None, :given])} for one in drawn]
-        return list(zip(seen, torch.as_tensor(np.digitize(to_go(drawn), borders)), strict=True))
+        labels = torch.full((count, given * len(groups)), -100)  # not scored
+        labels[:, place] = torch.as_tensor(np.digitize(to_go(drawn), borders))
+        return list(zip(seen, labels, strict=True))
 
     return ProbeTask(
         name="return accuracy",
-        description=f"Share of trajectories of which, after {given} steps, the reward of the next {given} lies in the "
-        "quarter that a linear classifier names from the mean of a layer's tokens.",
+        description="Share of trajectories of which the quarter of the reward to come is told at the last action.",
         num_classes=4,
         budgets=(60, 480),
         train=part("train", 480),
         dev=part("dev", 240),
         test=part("test", 480),
         input_name="raw values",
-        input_features=lambda inputs: inputs["values"].flatten(1),
+        input_features=lambda inputs: inputs["values"].flatten(1).expand(given * len(groups), -1),
     )

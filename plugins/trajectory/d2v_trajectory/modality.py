@@ -17,8 +17,6 @@ from d2v_trajectory.data import DataConfig, Group, Trajectories, return_probe
 from d2v_trajectory.feature_encoder import TrajectoryEncoder
 from d2v_trajectory.masking import TrajectoryMasking, TrajectoryMaskingConfig
 
-GROUPS = "groups.json"  # in a run folder
-
 
 class TrajectoryModality(Modality[np.ndarray]):
     """What an agent saw, did and got, step by step, by data2vec 2.0. Sizes and amounts are counted in steps."""
@@ -48,7 +46,7 @@ class TrajectoryModality(Modality[np.ndarray]):
     @cached_property
     def kept(self) -> list[Group] | None:
         """The groups of the stored run which this modality belongs to or starts from."""
-        stored = Path(self.config.home or self.config.from_run or "") / GROUPS
+        stored = Path(self.config.home or self.config.from_run or "") / "groups.json"
         return (
             [Group(**group) for group in json.loads(stored.read_text(encoding="utf-8"))] if stored.is_file() else None
         )
@@ -62,7 +60,7 @@ class TrajectoryModality(Modality[np.ndarray]):
         return self.kept or self.opened.groups
 
     def keep(self, run: Path) -> None:
-        (run / GROUPS).write_text(json.dumps([vars(group) for group in self.groups], indent=1), encoding="utf-8")
+        (run / "groups.json").write_text(json.dumps([vars(one) for one in self.groups], indent=1), encoding="utf-8")
 
     def dataset(self, split: str) -> Dataset[np.ndarray]:
         return self.opened

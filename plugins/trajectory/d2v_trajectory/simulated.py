@@ -53,5 +53,4 @@ def _act(policy: Array, angle: Array, speed: Array, stiffness: Array, whim: Arra
     hold = np.where(np.abs(lean) > 0.05, -np.sign(lean), 0)
     near = (np.cos(angle) > 0.8) & (np.abs(speed) < 2.5)
     swing_up = np.where(near, hold, np.where(energy < 0, pump, np.where(energy > 1, -pump, 0)))
-    rules = [whim - 1, swing_up, pump, -pump * (np.abs(speed) > 0.3), -swing_up]
-    return np.choose(policy, rules).astype(np.int64) + 1
+    return np.choose(policy, [whim - 1, swing_up, pump, -pump * (np.abs(speed) > 0.3), -swing_up]).astype(np.int64) + 1

@@ -355,10 +355,13 @@ def test_the_probe() -> None:
     modality = make("data.window=16")
     task = modality.probe()
     assert task is not None and task.num_classes == 4
-    inputs, _ = task.train[0]
-    assert inputs["values"].shape == (1, 16, 7) and task.input_features(inputs).shape == (1, 112)
-    labels = np.array([int(label) for _, label in task.train])
-    assert np.bincount(labels).tolist() == [len(labels) // 4] * 4
-    whole = simulated.episodes("test", [0], 32)[0]  # the label is of what the inputs do not have
-    again = modality.collate([encode(whole, modality.groups)[:16]])
-    assert torch.equal(task.test[0][0]["values"], again["values"])
+    inputs, labels = task.train[0]
+    assert inputs["values"].shape == (1, 16, 7) and task.input_features(inputs).shape == (48, 112)
+    assert (labels >= 0).nonzero().flatten().tolist() == [15 * 3 + 1]  # the action of the last step
+    classes = np.array([int(one.max()) for _, one in task.train])
+    assert np.bincount(classes).tolist() == [len(classes) // 4] * 4
+    whole = simulated.episodes("train", range(480), 32)  # the label is of what the inputs do not have
+    again = modality.collate([encode(whole[0], modality.groups)[:16]])
+    assert torch.equal(inputs["values"], again["values"])
+    to_come = np.array([one["rewards"][16:].sum() for one in whole])
+    assert to_come[classes == 0].max() < to_come[classes == 1].min() and to_come[classes == 3].min() > to_come.mean()
