@@ -34,7 +34,7 @@ class TrajectoryEncoder(FeatureEncoder):
         values, padding_mask = inputs["values"], None
         if values.dim() != 3 or values.shape[2] != sum(self.widths):
             raise ValueError(f"values have shape {tuple(values.shape)}; expected (B, steps, {sum(self.widths)})")
-        parts = zip(self.embedding, values.split(self.widths, 2), strict=True)
+        parts = zip(self.embedding.children(), values.split(self.widths, 2), strict=True)
         x = torch.stack([embed(part) for embed, part in parts], 2).flatten(1, 2)  # step by step, groups in order
         if "steps" in inputs:
             padding_mask = torch.arange(x.shape[1], device=x.device) // len(self.widths) >= inputs["steps"][:, None]

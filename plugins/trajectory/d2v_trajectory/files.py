@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def find(given: str) -> dict[str, tuple[Path, str | None]]:
     return found
 
 
-def _hdf5(path: Path):
+def _hdf5(path: Path) -> Any:
     """Raises UserError."""
     if find_spec("h5py") is None:
         raise UserError(f"{path} is read with h5py, which is not installed: pip install 'd2v-trajectory[hdf5]'.")

@@ -30,8 +30,7 @@ class TrajectoryMasking(BlockMasking):
         if not 0 <= config.channel_prob <= 1 or config.channel_length < 1:
             given = f"mask.channel_prob={config.channel_prob} and mask.channel_length={config.channel_length}"
             raise ValueError(f"{given} must be a share and at least 1")
-        self.channels = replace(config, mask_length=config.channel_length)
-        self.channel_prob = config.channel_prob
+        self.channels, self.channel_prob = replace(config, mask_length=config.channel_length), config.channel_prob
 
     def hidden_share(self, layout: Layout) -> tuple[float, float]:
         """The exact share, which every group in every mask has."""
