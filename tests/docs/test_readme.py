@@ -17,7 +17,10 @@ from d2v_core.jointconfig import load_run
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+PLUGINS = {path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml")}  # distributions of their own
+PAGES = sorted([
+    *ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), *ROOT.glob("plugins/*.md"), *ROOT.glob("plugins/*/*.md"),
+])  # fmt: skip
 YOURS = {"data.path", "data.split", "from", "out"}  # what a reader puts in; it need not exist here
 
 
@@ -86,6 +89,9 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: " ".join(value).replace("/", "|"))
 def test_a_command_parses(page: str, words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     verb, rest = words[1], words[2:]
+    named = {word.removeprefix("modality=") for word in rest} | {*Path(page).parts[1:2]}
+    for name in sorted(named & PLUGINS - set(plugins.names())):
+        pytest.skip(f"plugins/{name} is not installed: pip install ./plugins/{name}")
     if verb in ("run", "config", "plan", "profile"):
         rest = [word for word in rest if word != "--json" and not word.startswith("steps=")]
         theirs = YOURS - {"out"} if "resume=auto" in rest else YOURS
