@@ -50,9 +50,11 @@ class CheckConfig:
     )
 
 
-def cases(kind: type[Modality[Any]]) -> list[Case]:
-    """One for each method and encoder that a modality names, each with its smallest preset. Raises Broken."""
-    return [_case(kind, method, encoder) for method in kind.methods for encoder in kind.encoders]
+def cases(kind: type[Modality[Any]], encoder: str | None = None) -> list[Case]:
+    """One for each method and encoder that a modality names, or for this one, each with its smallest preset. Raises
+    Broken."""
+    encoders = kind.encoders if encoder is None else [encoder]
+    return [_case(kind, method, one) for method in kind.methods for one in encoders]
 
 
 def _case(kind: type[Modality[Any]], method: str, encoder: str) -> Case:

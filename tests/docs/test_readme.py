@@ -16,7 +16,10 @@ from d2v_core.config import KEYS, load_config, with_sequel
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+PLUGINS = {path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml")}  # distributions of their own
+PAGES = sorted([
+    *ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), *ROOT.glob("plugins/*.md"), *ROOT.glob("plugins/*/*.md"),
+])  # fmt: skip
 YOURS = {"data.path", "data.split", "from", "out"}  # what a reader puts in; it need not exist here
 
 
@@ -85,6 +88,11 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: " ".join(value).replace("/", "|"))
 def test_a_command_parses(page: str, words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     verb, rest = words[1], words[2:]
+    named = {word.split("=")[1] for word in rest if word.startswith(("modality=", "encoder="))} | {
+        *Path(page).parts[1:2]
+    }
+    for name in sorted(named & PLUGINS - {*plugins.names(), *plugins.names(plugins.ENCODERS)}):
+        pytest.skip(f"plugins/{name} is not installed: pip install ./plugins/{name}")
     if verb in ("run", "config", "plan", "profile"):
         rest = [word for word in rest if word != "--json" and not word.startswith("steps=")]
         theirs = YOURS - {"out"} if "resume=auto" in rest else YOURS
@@ -134,7 +142,8 @@ def test_the_tree_is_whole() -> None:
     paths = tree()
     assert len(set(paths)) == len(paths)
     modalities = ("audio", "text", "vision")
-    for folder in ("d2v_core", *(f"modalities/{name}/d2v_{name}" for name in modalities)):
+    folders = ("d2v_core", *(f"modalities/{name}/d2v_{name}" for name in modalities), "plugins/perceiver/d2v_perceiver")
+    for folder in folders:
         there = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py") if not path.name.startswith("__")}
         assert there - set(paths) == set()
 
