@@ -67,7 +67,8 @@ class Bytes(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if not self.symbols:
             values = rearrange(values, "... (k n) c -> ... k (n c)", n=self.together)
-        x = self.out(F.gelu(self.value(values)) * self.place)
+        x = self.value(values)
+        x = self.out((x if self.symbols else F.gelu(x)) * self.place)
         return (x if self.absent is None else x * (values != self.absent).unsqueeze(-1)).flatten(-2)
 
 
