@@ -98,13 +98,20 @@ def _modalities() -> int:
     found = plugins.installed()
     if not found:
         print("No modality is installed.")
-        return 0
-    width = max(len(p.name) for p in found)
+    _list(found)
+    encoders = plugins.installed(plugins.ENCODERS)
+    if encoders:
+        print("\nEncoders of any modality (encoder=NAME):")
+    _list(encoders)
+    return 0
+
+
+def _list(found: Sequence[plugins.Plugin]) -> None:
+    width = max((len(p.name) for p in found), default=0)
     for p in found:
         print(f"{p.name:<{width}}  {p.distribution} {p.version}  {p.origin}  {_contract(p)}")
     for name, claims in _claimed_twice(found).items():
         print(f"{name:<{width}}  cannot be used: {claims} both claim it. Uninstall all but one of them.")
-    return 0
 
 
 def _contract(plugin: plugins.Plugin) -> str:
@@ -122,16 +129,19 @@ def _claimed_twice(found: Sequence[plugins.Plugin]) -> dict[str, str]:
 
 
 def _plugins() -> int:
-    """Who provides what. Every modality is loaded, every verb found: what is broken says so, and stops nothing else."""
-    modalities, commands = plugins.installed(), plugins.installed(plugins.COMMANDS)
-    if not modalities and not commands:
+    """Who provides what. Every modality and encoder is loaded, every verb found: what is broken says so, and stops
+    nothing else."""
+    loaders = {"modality": (plugins.GROUP, plugins.load), "encoder": (plugins.ENCODERS, plugins.load_encoder)}
+    classes = [(what, load, p) for what, (group, load) in loaders.items() for p in plugins.installed(group)]
+    commands = plugins.installed(plugins.COMMANDS)
+    if not classes and not commands:
         print("No plugin is installed.")
-    for title in sorted({f"{p.distribution} {p.version}" for p in [*modalities, *commands]}):
+    for title in sorted({f"{p.distribution} {p.version}" for p in [*(p for _, _, p in classes), *commands]}):
         print(title)
-        for p in modalities:
+        for what, load, p in classes:
             if f"{p.distribution} {p.version}" == title:
-                print(f"  modality {p.name:<14} {p.origin}  {_contract(p)}")
-                print(f"    {_trouble(lambda p=p: plugins.load(p.name)) or 'loads'}")
+                print(f"  {what:<8} {p.name:<14} {p.origin}  {_contract(p)}")
+                print(f"    {_trouble(lambda load=load, p=p: load(p.name)) or 'loads'}")
         for p in commands:
             if f"{p.distribution} {p.version}" == title:
                 trouble = _trouble(lambda p=p: _command(p.name))

@@ -229,7 +229,7 @@ KEYS: Mapping[str, tuple[Any, str]] = {
         "pretrain; finetune = train the network of `from` on a labelled task; probe = score its frozen features on it. "
         "all = pretrain, then what the modality has to follow; `d2v run` without data and stage does so by itself.",
     ),
-    "encoder": ("", "Feature encoder; empty = the recipe's."),
+    "encoder": ("", "Feature encoder, the modality's own or a plugin's (`d2v plugins`); empty = the recipe's."),
     "method": ("", "data2vec or data2vec2 where the modality has it; empty = the recipe's."),
     "official_quirks": (False, "Reproduce what data2vec 2.0's official code does by mistake; for comparison."),
     "from": (None, "Run folder whose weights this run starts from, on new data; null = from scratch."),
@@ -439,10 +439,12 @@ def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig
     if source is not None:
         recipe = _on_top_of(stored, recipe, ("model", "train") if stage == "probe" else ("model",))
     encoder = values.get("encoder", "") or str(recipe.get("encoder", "")) or modality.encoders[0]
-    if encoder not in modality.encoders:
+    brought = plugins.names(plugins.ENCODERS)
+    if encoder not in (*modality.encoders, *brought):
         raise UserError(
-            f"encoder={encoder!r} is not one of {name}'s: {', '.join(modality.encoders)}."
-            f"{_hint(encoder, modality.encoders)}"
+            f"encoder={encoder!r} is not one of {name}'s: {', '.join(modality.encoders)}"
+            + (f"; plugins bring: {', '.join(brought)}" if brought else "")
+            + f".{_hint(encoder, (*modality.encoders, *brought))}"
         )
     where = f"preset {preset}" if source is None else f"{source / 'config.yaml'} or preset {preset}"
     return _merge(modality, recipe, {**values, "encoder": encoder}, where, stage=stage), modality
@@ -667,9 +669,9 @@ def _merge(
             f"{_hint(method, modality.methods)}"
         )
     values = {**values, "method": method}
-    own = dict(
-        modality.sections(encoder) if method == modality.methods[0] else modality.method_sections(encoder, method)
-    )
+    own = _sections(modality, encoder, method)
+    if encoder not in modality.encoders:
+        base = _for_raw(base, modality, method, own)
     if stage != "pretrain":
         own.update(modality.task_sections())
     for key in values:
@@ -713,6 +715,39 @@ def _merge(
             sections={name: getattr(flat, name) for name in own},
         )
     )
+
+
+def _sections(modality: type[Modality[Any]], encoder: str, method: str) -> dict[str, type]:
+    """What a modality adds to the configuration, and, where the encoder is a plugin's, that encoder."""
+    from d2v_core import plugins
+
+    if encoder in modality.encoders:
+        first = method == modality.methods[0]
+        return dict(modality.sections(encoder) if first else modality.method_sections(encoder, method))
+    own = dict(modality.raw_sections(method))
+    section = plugins.load_encoder(encoder).section
+    if encoder in own or encoder in CORE_SECTIONS:
+        raise UserError(f"encoder={encoder} cannot be used: {modality.name} has a section of that name.")
+    return {**own, encoder: section}
+
+
+def _for_raw(
+    recipe: Mapping[str, Any], modality: type[Modality[Any]], method: str, own: Mapping[str, type]
+) -> dict[str, Any]:
+    """A recipe without the options that only the modality's own encoders have, for which it was written."""
+    theirs: dict[str, set[str]] = {}
+    for encoder in modality.encoders:
+        for name, kind in _sections(modality, encoder, method).items():
+            theirs.setdefault(name, set()).update(f.name for f in dataclasses.fields(kind))
+    kept: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if key not in theirs or not isinstance(value, dict):
+            kept[key] = value
+        elif key in own:
+            known = {f.name for f in dataclasses.fields(own[key])}
+            section = cast("dict[str, Any]", value)
+            kept[key] = {name: v for name, v in section.items() if name in known or name not in theirs[key]}
+    return kept
 
 
 def _type_at(schema: Any, key: str) -> Any:

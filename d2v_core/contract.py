@@ -140,7 +140,8 @@ class Masks(_Movable):
 class Tokens(_Movable):
     """A sequence of vectors and where they stand.
 
-    x: (B, T, D) from `embed`; (R, E + T, D) or (R, E + V, D) from `view`.
+    x: (B, T, D) from `embed`, or the encoder's own `content_dim` in place of D; (R, E + T, D) or (R, E + V, D) from
+        `view`.
     padding_mask: (rows, tokens) bool, True = padding; None = nothing is padded.
     grid: shape of the padded grid; its product is T.
     num_extra: E, tokens in front that stand for no place (CLS).
@@ -300,9 +301,12 @@ class FeatureEncoder(nn.Module, ABC):
 
     Parameters that `embed` uses live under `self.embedding`, the others anywhere else. That is what lets the core see
     whether the teacher can be given the student's own tokens: it can where `embedding` is shared as a whole.
+
+    content_dim: numbers in each token of `embed` where they are not D; `view` then makes D of them.
     """
 
     embedding: nn.Module
+    content_dim: int | None = None
 
     @abstractmethod
     def embed(self, inputs: Mapping[str, Tensor]) -> Tokens:
@@ -327,6 +331,59 @@ class FeatureEncoder(nn.Module, ABC):
         """Added to the attention logits: broadcastable to (R, H, E + T, E + T), one for all blocks or one per block."""
         del tokens
         return None
+
+
+@dataclass(frozen=True)
+class RawValues:
+    """The raw values behind the tokens of a batch.
+
+    values: (B, T, P, C) float32, or (B, T, P) int64 symbols: P places in each patch, row-major. padding_mask: (B, T)
+    bool, True = padding; None = nothing is padded. grid: shape of the padded grid; its product is T.
+    """
+
+    values: Tensor
+    padding_mask: Tensor | None
+    grid: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What a modality tells an encoder that knows no modality: which raw values stand behind each token of its grid.
+
+    patch: places in a patch along each axis of the grid; P is their product. channels: C, numbers at each place.
+    symbols: values are whole numbers below this, one at each place; 0 = they are numbers. absent: the symbol that
+        stands where a patch has no more of them; None = there is none.
+    read: from the inputs of `Modality.collate` to the values of a batch, on the inputs' device.
+    fill: from codes (B, M, T) of `Masks.fill` to (B, M, T, P) or (B, M, T, P, C) values that stand at hidden places,
+        and (B, M, T) bool, False where there are none; None = hidden tokens are never filled.
+
+    `read` is copied with the network, so it is a function of a module or a small object; with tensors of its own, a
+    module (`nn.Module`) that holds them as buffers which are not stored, and `fill` a method of it.
+    """
+
+    patch: tuple[int, ...]
+    channels: int
+    read: Callable[[Mapping[str, Tensor]], RawValues]
+    symbols: int = 0
+    absent: int | None = None
+    fill: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+class RawEncoder(FeatureEncoder):
+    """A feature encoder of a plugin's, for every modality that has `Modality.raw`.
+
+    name: as the user types it, and of its section of the configuration. section: dataclass of its options. Masks,
+    targets, predictor and the teacher's parts are the modality's: it gives parameters of `embed` the prefix
+    `encoder.embedding`, all others begin with `encoder.` alone. It takes masks with `visible` and without.
+    """
+
+    name: ClassVar[str]
+    section: ClassVar[type]
+
+    def __init__(self, raw: Raw, config: RunConfig) -> None:
+        del config
+        super().__init__()
+        self.read, self.fill = raw.read, raw.fill
 
 
 class Predictor(nn.Module, ABC):
@@ -391,7 +448,8 @@ class Modality(ABC, Generic[SampleT]):
     """One kind of data. Made from a run's configuration; its class methods answer before there is one.
 
     name: as the user types it. unit: what `Batch.amount` counts, for display ("s of sound", "lines").
-    encoders: names accepted as `encoder=...`, the first is the default. methods: names accepted as `method=...`.
+    encoders: names accepted as `encoder=...` beside those of plugins (`RawEncoder`), the first is the default.
+    methods: names accepted as `method=...`.
     """
 
     name: ClassVar[str]
@@ -417,6 +475,27 @@ class Modality(ABC, Generic[SampleT]):
         """As `sections`, where `method` is not the first of `methods`."""
         del method
         return cls.sections(encoder)
+
+    @classmethod
+    def raw_sections(cls, method: str) -> Mapping[str, type]:
+        """As `sections`, where the encoder is a plugin's (`RawEncoder`), without what only encoders of its own have.
+
+        Raises UserError with the reason where such an encoder cannot read this modality.
+        """
+        del method
+        raise UserError(
+            f"The modality {cls.name} can be read by its own encoders only ({', '.join(cls.encoders)}): it does not "
+            "say which raw values stand behind a token (Modality.raw)."
+        )
+
+    @property
+    def reads_raw(self) -> bool:
+        """Whether the encoder is a plugin's."""
+        return self.config.encoder not in self.encoders
+
+    def raw(self) -> Raw:
+        """What an encoder of a plugin's reads; asked only where `raw_sections` gives sections."""
+        raise NotImplementedError(f"{type(self).__name__} has raw_sections() and no raw()")
 
     @classmethod
     @abstractmethod

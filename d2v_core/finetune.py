@@ -53,6 +53,11 @@ class Network(nn.Module):
         if corruption is not None:
             x = tokens.x if corruption.hidden is None else encoder.hide(tokens.x, corruption.hidden)
             if corruption.channels is not None:
+                if corruption.channels.shape[1] != x.shape[2]:
+                    raise UserError(
+                        f"finetune.channel_mask_prob: this encoder's tokens have {x.shape[2]} channels and not "
+                        f"model.embed_dim={corruption.channels.shape[1]}. Leave it at 0."
+                    )
                 x = x.masked_fill(corruption.channels.unsqueeze(1), 0.0)
             tokens = replace(tokens, x=x)
         view, out = self.student(tokens, None)

@@ -21,11 +21,13 @@ from d2v_core.errors import UserError
 from d2v_core.hookspecs import CONTRACT_VERSION
 
 if TYPE_CHECKING:
-    from d2v_core.contract import Modality
+    from d2v_core.contract import Modality, RawEncoder
 
 CONTRACT_NAME = "D2V_CONTRACT"
 GROUP = "d2v.modalities"
+ENCODERS = "d2v.encoders"
 COMMANDS = "d2v.commands"
+WHAT = {GROUP: "modality", ENCODERS: "encoder", COMMANDS: "command"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Plugin:
     origin: str
     """The module, and what it calls inside for a command."""
     contract: int | None = None
-    """Of a modality: the version of the contract that its module declares; None = it says nothing."""
+    """Of a modality or an encoder: the version of the contract that its module declares; None = it says nothing."""
 
 
 def installed(group: str = GROUP) -> list[Plugin]:
@@ -47,26 +49,22 @@ def installed(group: str = GROUP) -> list[Plugin]:
     return sorted(found, key=lambda p: (p.name, p.distribution))
 
 
-def names() -> list[str]:
-    """Of the modalities that are installed, sorted; imports none of them."""
-    return sorted({p.name for p in installed()})
+def names(group: str = GROUP) -> list[str]:
+    """Of the modalities, or of the plugins of another group, that are installed, sorted; imports none of them."""
+    return sorted({p.name for p in installed(group)})
 
 
 def find(name: str, group: str = GROUP) -> EntryPoint:
     """The one entry point of this name. Raises UserError where there is none, or more than one distribution has it."""
-    what = "modality" if group == GROUP else "command"
+    what = WHAT[group]
     found = {_describe(e): e for e in entry_points(group=group) if e.name == name}
     if not found:
-        known = sorted({p.name for p in installed(group)})
+        known = names(group)
         near = difflib.get_close_matches(name, known)
         raise UserError(
             f"There is no {what} {name!r}. Installed: {', '.join(known) or 'none'}."
             + (f" Did you mean {' or '.join(near)}?" if near else "")
-            + (
-                " A modality comes with the distribution that declares it: pip install it."
-                if what == "modality"
-                else ""
-            )
+            + ("" if group == COMMANDS else " It comes with the distribution that declares it: pip install it.")
         )
     if len(found) > 1:
         claims = " and ".join(f"{p.distribution} {p.version} ({p.origin})" for p in sorted(found, key=str))
@@ -76,13 +74,25 @@ def find(name: str, group: str = GROUP) -> EntryPoint:
 
 def load(name: str) -> type[Modality[Any]]:
     """Import the plugin of this name and ask it for its modality. Raises UserError naming distribution and cause."""
+    return _load(name, GROUP, "Modality")
+
+
+def load_encoder(name: str) -> type[RawEncoder]:
+    """The same for a plugin's encoder."""
+    return _load(name, ENCODERS, "RawEncoder")
+
+
+def _load(name: str, group: str, base: str) -> Any:
+    """The class that the plugin of this name gives, which calls itself by that name; a sub-class of the contract's
+    `base`."""
     import pluggy
 
     from d2v_core import hookspecs
 
-    entry = find(name)
+    entry, what = find(name, group), WHAT[group]
+    hook = f"d2v_{what}"
     plugin = _describe(entry)
-    whence = f"modality {name!r} from {plugin.distribution} {plugin.version}, module {plugin.origin}"
+    whence = f"{what} {name!r} from {plugin.distribution} {plugin.version}, module {plugin.origin}"
     misfit = contract_misfit(plugin)
     if misfit:
         raise UserError(f"The plugin of {whence} is refused: {misfit}")
@@ -91,7 +101,7 @@ def load(name: str) -> type[Modality[Any]]:
     except (Exception, SystemExit) as error:
         raise UserError(
             f"The plugin of {whence} cannot be imported: {type(error).__name__}: {error}. "
-            f"Reinstall or remove {plugin.distribution}; other modalities are not affected."
+            f"Reinstall or remove {plugin.distribution}; nothing else is affected."
         ) from error
     manager = pluggy.PluginManager("d2v")
     manager.add_hookspecs(hookspecs)
@@ -99,30 +109,27 @@ def load(name: str) -> type[Modality[Any]]:
         manager.register(module, name)
         # pluggy lets a misspelled hook pass in silence unless it is asked.
         manager.check_pending()
-        answers = manager.hook.d2v_modality()
+        answers = getattr(manager.hook, hook)()
     except pluggy.PluginValidationError as error:
         raise UserError(f"The plugin of {whence} has a hook that d2v does not know: {error}.") from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"The plugin of {whence} fails in d2v_modality(): {type(error).__name__}: {error}.") from error
-    from d2v_core.contract import Modality
-
+        raise UserError(f"The plugin of {whence} fails in {hook}(): {type(error).__name__}: {error}.") from error
     if answers is None:
         raise UserError(
-            f"The plugin of {whence} has no hook d2v_modality. "
-            "Define `@hookimpl def d2v_modality(): return YourModality`."
+            f"The plugin of {whence} has no hook {hook}. "
+            f"Define `@hookimpl def {hook}(): return Your{what.capitalize()}`."
         )
-    if not (isinstance(answers, type) and issubclass(answers, Modality)):
+    if not (isinstance(answers, type) and issubclass(answers, getattr(import_module("d2v_core.contract"), base))):
         raise UserError(
-            f"The plugin of {whence} returns {answers!r} from d2v_modality(); expected a subclass of d2v_core.Modality."
+            f"The plugin of {whence} returns {answers!r} from {hook}(); expected a subclass of d2v_core.{base}."
         )
-    kind = cast("type[Modality[Any]]", answers)
-    called = getattr(kind, "name", None)
+    called = getattr(cast("type", answers), "name", None)
     if called != name:
         raise UserError(
-            f"The plugin of {whence} brings a modality that calls itself {called!r}; "
+            f"The plugin of {whence} brings {'an' if group == ENCODERS else 'a'} {what} that calls itself {called!r}; "
             "its `name` and the entry point's must agree."
         )
-    return kind
+    return answers
 
 
 def contract_misfit(plugin: Plugin) -> str:
@@ -184,5 +191,5 @@ def _describe(entry: EntryPoint) -> Plugin:
         "an unknown distribution" if dist is None else dist.name,
         "" if dist is None else dist.version,
         entry.value,
-        contract_of(entry) if entry.group == GROUP else None,
+        None if entry.group == COMMANDS else contract_of(entry),
     )

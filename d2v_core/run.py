@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2v_core import checkpoint, plugins
 from d2v_core.config import RunConfig, from_dict, read_yaml, run_of
-from d2v_core.contract import Modality
+from d2v_core.contract import FeatureEncoder, Modality
 from d2v_core.data2vec import Data2Vec, Student
 from d2v_core.errors import UserError
 from d2v_core.keyed import seed_of
@@ -32,7 +32,7 @@ def build_model(modality: Modality[Any], transformer: Transformer | None = None)
     with initial_weights(config.seed, "init"):
         own = _transformer(modality)
         return Data2Vec(
-            modality.feature_encoder(),
+            feature_encoder(modality),
             own if transformer is None else transformer,
             modality.predictor(),
             TopKTargets(config.target),
@@ -45,7 +45,14 @@ def build_student(modality: Modality[Any]) -> Student:
     """The part of `build_model` that outlives pre-training, with the same initial weights."""
     with initial_weights(modality.config.seed, "init"):
         transformer = _transformer(modality)
-        return Student(modality.feature_encoder(), transformer)
+        return Student(feature_encoder(modality), transformer)
+
+
+def feature_encoder(modality: Modality[Any]) -> FeatureEncoder:
+    """The modality's own, or that of a plugin, which reads the modality's raw values."""
+    if modality.reads_raw:
+        return plugins.load_encoder(modality.config.encoder)(modality.raw(), modality.config)
+    return modality.feature_encoder()
 
 
 @contextmanager

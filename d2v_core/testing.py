@@ -5,7 +5,8 @@
     class TestSeismic(Conformance):
         modality = "seismic"
 
-Every method and every encoder that the modality names is checked; the promises are in `d2v_core.promises`.
+Every method and every encoder that the modality names is checked, or, with `encoder = "NAME"`, that one, which may be a
+plugin's; the promises are in `d2v_core.promises`.
 """
 
 from __future__ import annotations
@@ -41,15 +42,19 @@ class CheckConfig:
     """Which part of a modality to check."""
 
     method: str | None = opt(None, "Only this method; null = all that the modality names.")
-    encoder: str | None = opt(None, "Only this feature encoder; null = all that the modality names.")
+    encoder: str | None = opt(
+        None, "Only this feature encoder, the modality's or a plugin's; null = all that the modality names."
+    )
     promises: list[str] = field(
         default_factory=list[str], metadata={"doc": "Only these, such as [padding,masks]; empty = all."}
     )
 
 
-def cases(kind: type[Modality[Any]]) -> list[Case]:
-    """One for each method and encoder that a modality names, each with its smallest preset. Raises Broken."""
-    return [_case(kind, method, encoder) for method in kind.methods for encoder in kind.encoders]
+def cases(kind: type[Modality[Any]], encoder: str | None = None) -> list[Case]:
+    """One for each method and encoder that a modality names, or for this one, each with its smallest preset. Raises
+    Broken."""
+    encoders = kind.encoders if encoder is None else [encoder]
+    return [_case(kind, method, one) for method in kind.methods for one in encoders]
 
 
 def _case(kind: type[Modality[Any]], method: str, encoder: str) -> Case:
@@ -71,12 +76,11 @@ def _case(kind: type[Modality[Any]], method: str, encoder: str) -> Case:
     reasons: list[str] = []
     for _, preset, own in sorted(found):
         try:
-            return Case(kind, preset, encoder, method, own == encoder)
+            return Case(kind, preset, encoder, method, own == encoder or encoder not in kind.encoders)
         except UserError as error:
             reasons.append(f"preset={preset}: {error}")
-    raise Broken(
-        f"No preset of method={method} works with encoder={encoder}, which {kind.__name__}.encoders names. {reasons[0]}"
-    )
+    named = f", which {kind.__name__}.encoders names" if encoder in kind.encoders else ""
+    raise Broken(f"No preset of method={method} works with encoder={encoder}{named}. {reasons[0]}")
 
 
 def held(promise: str, case: Case) -> Result:
@@ -104,7 +108,8 @@ def check(
     """
     kind = plugins.load(name)
     _known("method", [method] if method else [], kind.methods, f"{name}'s methods")
-    _known("encoder", [encoder] if encoder else [], kind.encoders, f"{name}'s encoders")
+    brought = plugins.names(plugins.ENCODERS)
+    _known("encoder", [encoder] if encoder else [], [*kind.encoders, *brought], f"{name}'s encoders and the plugins'")
     _known("promises", promises, PROMISES, "the promises")
     asked: set[str] = set()
     for one_method in [method] if method else kind.methods:
@@ -180,9 +185,13 @@ def _indented(text: str) -> str:
 
 
 class Conformance:
-    """Tests for pytest: one for each promise, method and encoder. A sub-class names its modality and adds nothing."""
+    """Tests for pytest: one for each promise, method and encoder. A sub-class names its modality and adds nothing.
+
+    encoder: only this one, which may be a plugin's.
+    """
 
     modality: ClassVar[str]
+    encoder: ClassVar[str | None] = None
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Called by pytest with its metafunc: a plugin that cannot be loaded at all becomes one failing test."""
@@ -195,7 +204,8 @@ class Conformance:
             return
         found: list[Callable[[], Result]] = []
         names: list[str] = []
-        for number, (method, encoder) in enumerate((m, e) for m in kind.methods for e in kind.encoders):
+        encoders = kind.encoders if self.encoder is None else [self.encoder]
+        for number, (method, encoder) in enumerate((m, e) for m in kind.methods for e in encoders):
             made: list[Case] = []
             for promise in PROMISES:
                 if number and promise in OF_THE_PLUGIN:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,12 +37,20 @@ from d2v_core.promises.case import (
 
 
 def door(case: Case) -> str:
-    """The plugin's module imports without torch and says for which contract it was built.
+    """The plugin's module, and that of a plugin's encoder, import without torch and say for which contract they were
+    built.
 
     `d2v modalities` and every other verb must stay quick with this plugin installed, and a plugin of another time must
     be refused with the reason rather than with whatever error comes first.
     """
-    entry = plugins.find(case.kind.name)
+    modules = [_opens(plugins.find(case.kind.name))]
+    if case.modality.reads_raw:
+        modules.append(_opens(plugins.find(case.encoder, plugins.ENCODERS)))
+    return ", ".join(modules)
+
+
+def _opens(entry: EntryPoint) -> str:
+    """The module of a plugin that keeps the promise."""
     module = entry.value.split(":")[0].strip()
     if plugins.contract_of(entry) is None:
         raise Broken(
@@ -59,8 +68,8 @@ def door(case: Case) -> str:
         raise Broken(f"{module} cannot be imported in a process of its own: {last}")
     if done.stdout.split()[-1] == "True":
         raise Broken(
-            f"Importing {module} imports torch, which takes seconds. Import the modality inside d2v_modality() instead "
-            "of at the top of the module."
+            f"Importing {module} imports torch, which takes seconds. Import what d2v_modality() or d2v_encoder() "
+            "returns inside of it instead of at the top of the module."
         )
     return module
 
@@ -81,7 +90,8 @@ def recipes(case: Case) -> str:
         stored = Path(name) / "config.yaml"
         for preset in presets:
             try:
-                config, _ = load_config([f"modality={kind.name}", f"preset={preset}"], lambda name: kind)
+                words = [f"encoder={case.encoder}"] if case.modality.reads_raw else []
+                config, _ = load_config([f"modality={kind.name}", f"preset={preset}", *words], lambda name: kind)
                 before = config.to_dict()
                 kind(config)
             except UserError as error:

@@ -67,12 +67,12 @@ def shapes(case: Case) -> str:
 
 
 def _check_tokens(case: Case, tokens: Tokens) -> None:
-    mini, width = case.mini, case.modality.config.model.embed_dim
+    mini, width = case.mini, case.encoder_module.content_dim or case.modality.config.model.embed_dim
     expected = (len(mini.samples), mini.num_tokens, width)
     if tokens.x.shape != expected:
         raise Broken(
-            f"embed() gives x of shape {shape(tokens.x)}; layout() and model.embed_dim say {expected}: samples, "
-            "tokens of the longest, width."
+            f"embed() gives x of shape {shape(tokens.x)}; layout() and model.embed_dim (or content_dim) say "
+            f"{expected}: samples, tokens of the longest, width."
         )
     if tokens.x.dtype != torch.float32:
         raise Broken(f"embed() gives x as {tokens.x.dtype}; expected torch.float32 outside of autocast.")
@@ -107,7 +107,7 @@ def _check_view(case: Case, tokens: Tokens, masks: Masks | None) -> Tokens:
     view = encoder.view(tokens, masks)
     rows = len(tokens.x) * (1 if masks is None else masks.num_copies)
     count = tokens.x.shape[1] if masks is None or masks.visible is None else masks.visible.shape[2]
-    expected = (rows, view.num_extra + count, tokens.x.shape[2])
+    expected = (rows, view.num_extra + count, case.modality.config.model.embed_dim)
     if view.x.shape != expected:
         raise Broken(
             f"{call} gives x of shape {shape(view.x)}; expected {expected}: "

@@ -29,6 +29,7 @@ NETWORK = ["model.embed_dim=32", "model.num_layers=2", "model.num_heads=2", "tar
         (["data.path=/speech"], False),
         (["from=runs/a"], False),
         (["preset=tiny2"], False),
+        (["encoder=waveform"], False),
         (["preset=base"], False),
         (["train.probe=false"], False),
         (["stage=all", "train.probe=false"], True),

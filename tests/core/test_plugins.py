@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_broken_import_names_the_distribution_and_stops_nobody_else(distribution
     with pytest.raises(
         UserError,
         match=r"modality 'broken' from d2v-broken 1.5, module .* cannot be imported: ModuleNotFoundError: .*"
-        "a_library_that_is_not_there.*Reinstall or remove d2v-broken; other modalities are not affected",
+        "a_library_that_is_not_there.*Reinstall or remove d2v-broken; nothing else is affected",
     ):
         plugins.load("broken")
     assert plugins.load("toy").name == "toy"
@@ -254,6 +255,186 @@ def test_commands_of_two_distributions_with_one_name(distribution, d2v):
         distribution(dist, "twice", COMMAND, plugins.COMMANDS, "{module}:main")
     status, text = d2v("twice")
     assert status == 2 and "The command 'twice' is claimed by" in text
+
+
+ENCODER = """
+D2V_CONTRACT = 1
+from functools import cache
+from d2v_core.hookspecs import hookimpl
+@hookimpl
+def d2v_encoder():
+    return made()
+@cache
+def made():
+    from dataclasses import dataclass
+    import torch
+    from torch import nn
+    from d2v_core import RawEncoder, Tokens
+    from d2v_core.config import opt
+    @dataclass
+    class Config:
+        gain: float = opt(1.0, "Factor of the content.")
+    class Mean(RawEncoder):
+        name, section, content_dim = {name!r}, Config, 5
+        def __init__(self, raw, config):
+            super().__init__(raw, config)
+            self.gain = config.section({name!r}, Config).gain
+            self.embedding = nn.Linear(raw.channels, 5)
+            self.out = nn.Linear(5, config.model.embed_dim)
+            self.hidden = nn.Parameter(torch.randn(config.model.embed_dim))
+            self.places = nn.Parameter(torch.randn(100, config.model.embed_dim))
+        def embed(self, inputs):
+            raw = self.read(inputs)
+            return Tokens(self.gain * self.embedding(raw.values).mean(2), raw.padding_mask, raw.grid)
+        def view(self, tokens, masks):
+            x, padding = self.out(tokens.x), tokens.padding_mask
+            if masks is not None:
+                x = x.repeat_interleave(masks.num_copies, 0)
+                x = torch.where(masks.hidden.flatten(0, 1).unsqueeze(-1), self.hidden.to(x.dtype), x)
+                padding = None if padding is None else padding.repeat_interleave(masks.num_copies, 0)
+            return Tokens(x + self.places[: x.shape[1]].to(x.dtype), padding, tokens.grid)
+    return Mean
+"""
+READABLE = """
+D2V_CONTRACT = 1
+from d2v_core.hookspecs import hookimpl
+@hookimpl
+def d2v_modality():
+    import torch
+    from d2v_core import Raw, RawValues
+    from d2v_toy import CHANNELS, ToyModality
+    def read(inputs):
+        x = inputs["x"]
+        padding = torch.arange(x.shape[1]) >= inputs["sizes"][:, None] if "sizes" in inputs else None
+        return RawValues(x.unsqueeze(2), padding, (x.shape[1],))
+    class Readable(ToyModality):
+        name = "readable"
+        @classmethod
+        def sections(cls, encoder):
+            return {{**super().sections(encoder), **cls.more}}
+        @classmethod
+        def raw_sections(cls, method):
+            return ToyModality.sections("")
+        def raw(self):
+            return Raw((1,), CHANNELS, read)
+        def teacher_parts(self):
+            return {{"": "average", "encoder.embedding": "share"}} if self.reads_raw else super().teacher_parts()
+        @classmethod
+        def recipes(cls):
+            from pathlib import Path
+            return Path({recipes!r})
+    from dataclasses import dataclass
+    from d2v_core.config import opt
+    @dataclass
+    class Own:
+        size: int = opt(3, "Only of its own encoders.")
+    Readable.more = {{"own": Own}}
+    return Readable
+"""
+
+
+@pytest.fixture
+def readable(distribution, tmp_path: Path) -> None:
+    """A modality that any encoder can read, whose preset has a section of its own encoders', and such an encoder."""
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    toy = (Path(__file__).parent / "toy" / "recipes" / "tiny.yaml").read_text()
+    (recipes / "tiny.yaml").write_text(toy + "own: {size: 7}\nencoder: shared\n")
+    distribution("d2v-readable", "readable", READABLE.format(recipes=str(recipes)))
+    distribution("d2v-mean", "mean", ENCODER.format(name="mean"), plugins.ENCODERS)
+
+
+def test_an_encoder_of_another_distribution(readable, d2v, tmp_path: Path):
+    """It is listed, configured, trained, continued and loaded; what only the modality's own encoders have is gone."""
+    status, text = d2v("modalities")
+    assert status == 0 and "Encoders of any modality (encoder=NAME):\n" in text
+    assert re.search(r"\nmean +d2v-mean 1.5  d2v_mean_\S+  contract 1, fits", text)
+    assert re.search(r"d2v-mean 1.5\n  encoder  mean +d2v_mean_\S+  contract 1, fits\n    loads", d2v("plugins")[1])
+    status, text = d2v("config", "modality=readable")
+    assert status == 0 and "size: 7" in text and "mean:" not in text
+    status, text = d2v("config", "modality=readable", "encoder=mean", "mean.gain=2")
+    assert status == 0 and "gain: 2.0" in text and "Factor of the content" in text and "size: 7" not in text
+    status, text = d2v("config", "modality=readable", "encoder=mean", "own.size=2")
+    assert status == 2 and "own" in text and "is not an option" in text
+    words = ["run", "modality=readable", "encoder=mean", f"out={tmp_path / 'run'}"]
+    assert d2v(*words, "train.max_steps=2")[0] == 0
+    assert d2v(*words, "train.max_steps=3", "resume=auto")[0] == 0
+    import d2v_core
+
+    run = d2v_core.load(tmp_path / "run")
+    assert type(run.student.encoder).__name__ == "Mean" and run.config.section("mean", object).gain == 1.0
+
+
+def test_the_kit_holds_such_a_pair_to_the_contract(readable, monkeypatch: pytest.MonkeyPatch):
+    from d2v_core.promises import PROMISES
+    from d2v_core.testing import check
+
+    kept = [name for name in PROMISES if name not in ("data", "learning", "compiled")]  # its class cannot be pickled
+    results = list(check("readable", encoder="mean", promises=kept))
+    assert [result for result in results if result.status != "kept"] == []
+    assert {result.promise for result in results} == set(kept)
+    assert "d2v_mean" in next(result.text for result in results if result.promise == "door")
+    mean = plugins.load_encoder("mean")
+    monkeypatch.setattr(plugins, "load_encoder", lambda name: type("Wide", (mean,), {"content_dim": 6}))
+    (found,) = check("readable", encoder="mean", promises=["shapes"])
+    assert found.status == "broken" and "model.embed_dim (or content_dim) say" in found.text
+
+
+def test_what_no_encoder_can_read_is_refused_with_the_reason(distribution, d2v):
+    distribution("d2v-mean", "mean", ENCODER.format(name="mean"), plugins.ENCODERS)
+    status, text = d2v("config", "modality=toy", "encoder=mean")
+    assert status == 2 and "toy can be read by its own encoders only (shared, own): it does not say which raw" in text
+    status, text = d2v("config", "modality=toy", "encoder=maen")
+    assert status == 2 and "encoder='maen' is not one of toy's: shared, own; plugins bring: mean" in text
+    assert "Did you mean mean?" in text
+    status, text = d2v("check", "toy", "encoder=maen")
+    assert status == 2 and "is not one of toy's encoders and the plugins': shared, own, mean" in text
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import a_library_that_is_not_there", "cannot be imported: ModuleNotFoundError.*nothing else is affected"),
+        (ENCODER.format(name="other"), "brings an encoder that calls itself 'other'"),
+        (ENCODER.format(name="odd").replace("return made()", "return 3"), r"returns 3 from d2v_encoder\(\); expected a "
+         "subclass of d2v_core.RawEncoder"),
+        (ENCODER.format(name="odd").replace("def d2v_encoder", "def d2v_encodr"), "has a hook that d2v does not know"),
+        (GOOD.format(name="odd"), "has no hook d2v_encoder. Define `@hookimpl def d2v_encoder"),
+        ("D2V_CONTRACT = 0", "is refused: d2v-odd 1.5 was built for version 0"),
+    ],
+)  # fmt: skip
+def test_a_broken_encoder_is_named_and_stops_nobody_else(
+    readable, distribution, d2v, tmp_path: Path, code: str, message: str
+):
+    distribution("d2v-odd", "odd", code, plugins.ENCODERS)
+    status, text = d2v("config", "modality=readable", "encoder=odd")
+    assert status == 2 and re.search(f"(?s)The plugin of encoder 'odd' from d2v-odd 1.5.*{message}", text)
+    assert re.search(message, d2v("plugins")[1], re.S)
+    assert d2v("run", "modality=readable", "train.max_steps=1", f"out={tmp_path / 'own'}")[0] == 0
+    assert d2v("run", "modality=readable", "encoder=mean", "train.max_steps=1", f"out={tmp_path / 'mean'}")[0] == 0
+
+
+def test_two_encoders_of_one_name_are_refused(readable, distribution, d2v, tmp_path: Path):
+    distribution("d2v-second", "mean", ENCODER.format(name="mean"), plugins.ENCODERS)
+    status, text = d2v("config", "modality=readable", "encoder=mean")
+    assert status == 2 and "The encoder 'mean' is claimed by d2v-mean 1.5" in text and "d2v-second 1.5" in text
+    assert "mean" in d2v("modalities")[1] and "both claim it" in d2v("modalities")[1]
+    assert d2v("config", "modality=readable")[0] == 0
+
+
+def test_an_encoder_named_like_a_section_is_refused(readable, distribution, d2v):
+    distribution("d2v-data", "data", ENCODER.format(name="data"), plugins.ENCODERS)
+    status, text = d2v("config", "modality=readable", "encoder=data")
+    assert status == 2 and "encoder=data cannot be used: readable has a section of that name" in text
+
+
+def test_a_run_whose_encoder_is_gone_says_so(readable, d2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert d2v("run", "modality=readable", "encoder=mean", "train.max_steps=1", f"out={tmp_path / 'run'}")[0] == 0
+    (tmp_path / "d2v_mean-1.5.dist-info" / "entry_points.txt").write_text("")
+    import d2v_core
+
+    with pytest.raises(UserError, match=r"There is no encoder 'mean'\. Installed: .*declares it: pip install"):
+        d2v_core.load(tmp_path / "run")
 
 
 LAZY = """

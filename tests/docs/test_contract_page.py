@@ -35,7 +35,7 @@ def hooks() -> list[Any]:
 
 
 def test_there_is_something_to_look_at() -> None:
-    assert len(PARTS) > 12 and len(hooks()) == 1 and len(methods(contract.Modality)) > 20
+    assert len(PARTS) > 12 and len(hooks()) == 2 and len(methods(contract.Modality)) > 20
     assert {"prepare", "layout", "rng"} <= IN_CODE and "walrus" not in IN_CODE
 
 

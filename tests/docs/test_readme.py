@@ -89,8 +89,10 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: " ".join(value).replace("/", "|"))
 def test_a_command_parses(page: str, words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     verb, rest = words[1], words[2:]
-    named = {word.removeprefix("modality=") for word in rest} | {*Path(page).parts[1:2]}
-    for name in sorted(named & PLUGINS - set(plugins.names())):
+    named = {word.split("=")[1] for word in rest if word.startswith(("modality=", "encoder="))} | {
+        *Path(page).parts[1:2]
+    }
+    for name in sorted(named & PLUGINS - {*plugins.names(), *plugins.names(plugins.ENCODERS)}):
         pytest.skip(f"plugins/{name} is not installed: pip install ./plugins/{name}")
     if verb in ("run", "config", "plan", "profile"):
         rest = [word for word in rest if word != "--json" and not word.startswith("steps=")]
@@ -144,7 +146,8 @@ def test_the_tree_is_whole() -> None:
     paths = tree()
     assert len(set(paths)) == len(paths)
     modalities = ("audio", "text", "vision")
-    for folder in ("d2v_core", *(f"modalities/{name}/d2v_{name}" for name in modalities)):
+    folders = ("d2v_core", *(f"modalities/{name}/d2v_{name}" for name in modalities), "plugins/perceiver/d2v_perceiver")
+    for folder in folders:
         there = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py") if not path.name.startswith("__")}
         assert there - set(paths) == set()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2v_audio.feature_encoder import LogMelConfig, WaveformConfig
+from d2v_audio.feature_encoder import LogMelConfig, StretchConfig, WaveformConfig
 from d2v_core.config import opt
 from d2v_core.errors import UserError
 
@@ -21,7 +21,7 @@ class AugmentConfig:
     time_masks_per_s: float = opt(0.0, "Stretches of time that are blanked, for each second of a clip.")
     time_width_s: float = opt(0.2, "Longest such stretch, seconds; its length is drawn from 0 up.")
 
-    def check(self, features: WaveformConfig | LogMelConfig) -> None:
+    def check(self, features: WaveformConfig | LogMelConfig | StretchConfig) -> None:
         """Raises UserError."""
         if self.band_masks < 0 or self.band_width < 0:
             raise UserError(
@@ -32,10 +32,10 @@ class AugmentConfig:
                 f"augment.time_masks_per_s={self.time_masks_per_s} and time_width_s={self.time_width_s} must be finite "
                 "and not below 0."
             )
-        if isinstance(features, WaveformConfig) and (self.band_masks or self.time_masks_per_s):
+        if not isinstance(features, LogMelConfig) and (self.band_masks or self.time_masks_per_s):
             raise UserError(
-                "augment.band_masks and augment.time_masks_per_s blank log-mel bands, which encoder=waveform does not "
-                "have. Use finetune.mask_prob and finetune.channel_mask_prob."
+                "augment.band_masks and augment.time_masks_per_s blank log-mel bands, which only encoder=logmel has. "
+                "Use finetune.mask_prob and finetune.channel_mask_prob."
             )
 
     def rectangles(self, features: LogMelConfig, seconds: float, rng: np.random.Generator) -> np.ndarray | None:

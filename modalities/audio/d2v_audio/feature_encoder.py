@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig, opt
-from d2v_core.contract import AttentionBias, FeatureEncoder, Masks, Tokens
+from d2v_core.contract import AttentionBias, FeatureEncoder, Masks, RawValues, Tokens
 from d2v_core.kernels import Linear, conv1d_time_major, norm_gelu_conv1d
 from d2v_core.positions import ConvPositions, ConvPositionsConfig
 from d2v_core.visible import Alibi, AlibiConfig, Prenet, PrenetConfig, take_visible, take_visible_padding
@@ -43,6 +43,13 @@ class LogMelConfig:
     window_s: float = opt(0.025, "Analysis window, seconds.")
     hop_s: float = opt(0.010, "Step of the window, seconds.")
     stride: int = opt(4, "Windows per token: 4 gives a token every 40 ms.")
+
+
+@dataclass
+class StretchConfig:
+    """Section `stretches`: what stands behind a token for a plugin's encoder."""
+
+    stretch_s: float = opt(0.04, "Sound behind each token, seconds; stretches do not overlap.")
 
 
 class WaveformEmbedding(nn.Module):
@@ -202,7 +209,31 @@ class LogMelGeometry:
         return (self.num_windows(num_samples) + 2 - self.kernel) // self.stride + 1
 
 
-Geometry = WaveformGeometry | LogMelGeometry
+class StretchGeometry:
+    """Where stretches of samples stand in time."""
+
+    def __init__(self, config: StretchConfig, sample_rate: int) -> None:
+        self.hop = self.min_samples = round(config.stretch_s * sample_rate)
+        self.hop_s, self.offset_s = self.hop / sample_rate, self.hop / 2 / sample_rate
+
+    def num_tokens(self, num_samples):
+        return num_samples // self.hop
+
+
+Geometry = WaveformGeometry | LogMelGeometry | StretchGeometry
+
+
+@dataclass(frozen=True)
+class ReadStretches:
+    """For `Raw.read`: samples of a waveform, `hop` behind each token."""
+
+    geometry: StretchGeometry
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> RawValues:
+        waveform, hop = inputs["waveform"], self.geometry.hop
+        values = waveform[:, : waveform.shape[1] // hop * hop].reshape(len(waveform), -1, hop, 1)
+        tokens = _tokens(values, inputs.get("num_samples"), self.geometry)
+        return RawValues(values, tokens.padding_mask, tokens.grid)
 
 
 def _tokens(x: Tensor, num_samples: Tensor | None, geometry: Geometry) -> Tokens:
@@ -341,8 +372,12 @@ def make_encoder(
     return AudioEncoder(make_embedding(features, model.embed_dim, sample_rate), model, positions)
 
 
-def make_geometry(features: WaveformConfig | LogMelConfig, sample_rate: int) -> Geometry:
+def make_geometry(features: WaveformConfig | LogMelConfig | StretchConfig, sample_rate: int) -> Geometry:
     """Where the front end's tokens will stand. Raises ValueError for options that cannot work."""
+    if isinstance(features, StretchConfig):
+        if not 1 <= features.stretch_s * sample_rate < math.inf:
+            raise ValueError(f"stretches.stretch_s={features.stretch_s} must be at least one sample, 1/{sample_rate} s")
+        return StretchGeometry(features, sample_rate)
     if isinstance(features, WaveformConfig):
         check_waveform(features)
         return WaveformGeometry(features, sample_rate)

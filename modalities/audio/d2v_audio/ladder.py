@@ -129,12 +129,13 @@ SHARED = ("data.path", "data.max_bad_ratio", "data.verify", "train.num_threads",
 def sequel(given: Mapping[str, str]) -> Sequel | None:
     """After pre-training: what `d2v ladder` does with the same data and the options that are its own.
 
-    Without stage=all only on built-in data, for the preset that is made for it, and unless train.probe=false, which
-    asks for no scores. Raises UserError for options that cannot work.
+    Without stage=all only on built-in data, for the preset and the encoder that it is made for (fine-tuning blanks
+    log-mel bands), and unless train.probe=false, which asks for no scores. Raises UserError for options that cannot
+    work.
     """
     built_in = not given.get("data.path") and given.get("preset", "tiny") == "tiny"
     plain = built_in and not given.get("from") and given.get("train.probe", "true").lower() == "true"
-    if given.get("stage") is None and not plain:
+    if given.get("stage") is None and not (plain and given.get("encoder", "") in ("", "logmel")):
         return None
     words = {key: value for key, value in given.items() if re.split(r"[.]", key)[0] in OWN and key != "out"}
     later = {key: value for key, value in given.items() if key.split(".")[0] in LATER}

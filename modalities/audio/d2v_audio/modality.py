@@ -17,6 +17,9 @@ from d2v_audio.data import AudioConfig, AudioSample, normalise, open_dataset, ph
 from d2v_audio.feature_encoder import (
     AudioEncoder,
     LogMelConfig,
+    ReadStretches,
+    StretchConfig,
+    StretchGeometry,
     VisibleAudioEncoder,
     WaveformConfig,
     make_embedding,
@@ -34,6 +37,7 @@ from d2v_core.contract import (
     Part,
     Predictor,
     ProbeTask,
+    Raw,
     Sequel,
     Task,
 )
@@ -67,17 +71,25 @@ class AudioModality(Modality[AudioSample]):
         super().__init__(config)
         self.data = config.section("data", AudioConfig)
         self.visible_only = config.method == "data2vec2"
-        kind = WaveformConfig if config.encoder == "waveform" else LogMelConfig
-        self.features: WaveformConfig | LogMelConfig = config.section("features", kind)
         try:
             self.data.check()
-            self.geometry = make_geometry(self.features, self.data.sample_rate)
+            self.geometry = make_geometry(self._tokens_config(), self.data.sample_rate)
             if round(self.data.max_s * self.data.sample_rate) < self.two_tokens():
                 least = self.two_tokens() / self.data.sample_rate
                 raise ValueError(f"data.max_s={self.data.max_s} must be at least {least:g} s, which is two tokens")
             self.masking()
         except ValueError as error:
             raise UserError(f"This configuration cannot work: {error}") from error
+
+    def _tokens_config(self) -> WaveformConfig | LogMelConfig | StretchConfig:
+        """What says how long a token is."""
+        return self.config.section("stretches", StretchConfig) if self.reads_raw else self.features
+
+    @property
+    def features(self) -> WaveformConfig | LogMelConfig:
+        """Of the modality's own encoders."""
+        kind = WaveformConfig if self.config.encoder == "waveform" else LogMelConfig
+        return self.config.section("features", kind)
 
     @classmethod
     def sections(cls, encoder: str) -> Mapping[str, type]:
@@ -102,6 +114,18 @@ class AudioModality(Modality[AudioSample]):
             "alibi": AlibiConfig,
             "decoder": DecoderConfig,
         }
+
+    @classmethod
+    def raw_sections(cls, method: str) -> Mapping[str, type]:
+        sections = {"data": AudioConfig, "stretches": StretchConfig}
+        if method == "data2vec2":
+            return {**sections, "mask": BlockMaskingConfig, "decoder": DecoderConfig}
+        return {**sections, "mask": SpanMaskingConfig}
+
+    def raw(self) -> Raw:
+        """Samples of the waveform."""
+        assert isinstance(self.geometry, StretchGeometry)
+        return Raw((self.geometry.hop,), channels=1, read=ReadStretches(self.geometry))
 
     @classmethod
     def recipes(cls) -> Path:
@@ -210,7 +234,7 @@ class AudioModality(Modality[AudioSample]):
 
     def teacher_parts(self) -> Mapping[str, Part]:
         """The front end and its projection are the student's own; the mask vector is of no use to a teacher."""
-        if self.visible_only:  # positions, norm, prenet blocks and the scale of ALiBi are averaged
+        if self.visible_only or self.reads_raw:  # positions, norm, prenet blocks and the scale of ALiBi are averaged
             return {"": "average", "encoder.embedding": "share"}
         return {
             "encoder": "average",
@@ -225,7 +249,7 @@ class AudioModality(Modality[AudioSample]):
 
     def task(self) -> Task[AudioSample]:
         transcripts = self.config.section("labelled", LabelledConfig).task == "transcripts"
-        self.config.section("augment", AugmentConfig).check(self.features)
+        self.config.section("augment", AugmentConfig).check(self._tokens_config())
         return open_transcription(self) if transcripts else open_classification(self)
 
     def prepare_labelled(self, sample: AudioSample, rng: np.random.Generator | None) -> AudioSample:
@@ -234,12 +258,11 @@ class AudioModality(Modality[AudioSample]):
         labelled = self.config.sections.get("labelled")  # pre-training has no such section
         if isinstance(labelled, LabelledConfig) and labelled.task == "classes":
             sample = _cropped(sample, round(self.data.max_s * self.data.sample_rate), rng)
-        if rng is None or not isinstance(self.features, LogMelConfig):
+        features = self._tokens_config()
+        if rng is None or not isinstance(features, LogMelConfig):
             return sample
         augment = self.config.section("augment", AugmentConfig)
-        return replace(
-            sample, withheld=augment.rectangles(self.features, len(sample.waveform) / self.data.sample_rate, rng)
-        )
+        return replace(sample, withheld=augment.rectangles(features, len(sample.waveform) / self.data.sample_rate, rng))
 
 
 def _cropped(sample: AudioSample, size: int, rng: np.random.Generator | None) -> AudioSample:

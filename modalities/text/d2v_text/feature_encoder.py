@@ -6,7 +6,7 @@ data2vec 2.0 examples/data2vec/models/modalities/text.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,24 +16,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig, opt
-from d2v_core.contract import FeatureEncoder, Masks, Predictor, Tokens
+from d2v_core.contract import FeatureEncoder, Masks, Predictor, RawValues, Tokens
 from d2v_core.errors import UserError
 from d2v_core.kernels import Linear
 from d2v_core.transformer import init_bert
 from d2v_core.visible import take_visible, take_visible_padding
-from d2v_text.tokenizer import PAD, Vocabulary
+from d2v_text.tokenizer import NUM_SPECIAL, PAD, Vocabulary
 
 
 @dataclass
-class EmbeddingConfig:
-    """The tables of tokens and positions."""
+class SequenceConfig:
+    """Section `embedding`: how many symbols there are, and places for them."""
 
     vocab_size: int | None = opt(
         None,
         "Symbols, the five special ones included; null = as many as the tokenizer (or the built-in grammar) has. Where "
         "both are given they must agree.",
     )
-    max_positions: int = opt(512, "Longest sequence in tokens; the table of positions has two rows more.")
+    max_positions: int = opt(512, "Longest sequence in tokens; a table of positions has two rows more.")
+
+
+@dataclass
+class BytesConfig(SequenceConfig):
+    """Section `embedding`: the bytes of tokens, which a plugin's encoder reads."""
+
+    token_bytes: int = opt(16, "Bytes of a token that are read; what is longer is cut off.")
+
+
+@dataclass
+class EmbeddingConfig(SequenceConfig):
+    """The tables of tokens and positions."""
+
     position_std: float = opt(
         0.02,
         "Initial standard deviation of the positions; officially that of the tokens, which makes place half of every "
@@ -47,15 +60,9 @@ class EmbeddingConfig:
 
 
 @dataclass
-class VisibleEmbeddingConfig:
+class VisibleEmbeddingConfig(SequenceConfig):
     """The tables of tokens and positions, of data2vec 2.0. The teacher uses the student's."""
 
-    vocab_size: int | None = opt(
-        None,
-        "Symbols, the five special ones included; null = as many as the tokenizer (or the built-in grammar) has. Where "
-        "both are given they must agree.",
-    )
-    max_positions: int = opt(512, "Longest sequence in tokens; the table of positions has two rows more.")
     dropout: float = opt(0.0, "After the norm.")
 
 
@@ -97,6 +104,43 @@ class TokenEmbedding(nn.Module):
                 f"had {stored:016x}; the same ids would mean other words. Give data.tokenizer=FILE of the run that "
                 "made the weights."
             )
+
+
+NUM_BYTES = 256
+NO_BYTE = 256  # behind the last byte of a token; special symbols follow, one each
+
+
+class ReadBytes(nn.Module):
+    """For `Raw.read` and `Raw.fill`: the bytes of each token's spelling, each special symbol as a symbol of its own.
+
+    spellings: by id; None for special symbols. table: (symbols, width) int16, width that of the longest one or
+    token_bytes.
+    """
+
+    table: Tensor
+    num_symbols = NO_BYTE + 1 + NUM_SPECIAL + 1
+
+    def __init__(self, spellings: Sequence[bytes | None], token_bytes: int) -> None:
+        super().__init__()
+        self.mask_id = len(spellings) - 1
+        special = iter(range(NO_BYTE + 1, self.num_symbols))
+        rows = [[next(special)] if one is None else list(one[:token_bytes]) for one in spellings]
+        width = max(map(len, rows))
+        padded = [row + [NO_BYTE] * (width - len(row)) for row in rows]
+        self.register_buffer("table", torch.tensor(padded, dtype=torch.int16), persistent=False)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> RawValues:
+        ids = inputs["ids"]
+        return RawValues(self.of(ids), inputs.get("padding_mask"), (ids.shape[1],))
+
+    def of(self, ids: Tensor) -> Tensor:
+        """(...) ids -> (..., width) int64."""
+        return self.table[ids].long()
+
+    def fill(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Behind `<mask>`, and where nothing is replaced, there is nothing."""
+        there = (codes >= 0) & (codes != self.mask_id)
+        return self.of(codes.clamp(min=0)), there
 
 
 class TextEncoder(FeatureEncoder):

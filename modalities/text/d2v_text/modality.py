@@ -21,6 +21,7 @@ from d2v_core.contract import (
     Part,
     Predictor,
     ProbeTask,
+    Raw,
     Task,
 )
 from d2v_core.decoder import ConvDecoder, DecoderConfig
@@ -30,9 +31,13 @@ from d2v_core.transformer import init_bert
 from d2v_text import grammar, labelled
 from d2v_text.data import Lines, Sample, TextConfig, collate, from_files, from_grammar, role_probe
 from d2v_text.feature_encoder import (
+    NO_BYTE,
+    BytesConfig,
     EmbeddingConfig,
     HeadConfig,
+    ReadBytes,
     RegressionHead,
+    SequenceConfig,
     TextEncoder,
     VisibleEmbeddingConfig,
     VisibleTextEncoder,
@@ -40,7 +45,7 @@ from d2v_text.feature_encoder import (
 from d2v_text.files import tokenise
 from d2v_text.labelled import GlueConfig
 from d2v_text.masking import NOT_SELECTED, TokenMasking, TokenMaskingConfig
-from d2v_text.tokenizer import BPE, PAD, Vocabulary, load_tokenizer
+from d2v_text.tokenizer import BPE, NUM_SPECIAL, PAD, Vocabulary, load_tokenizer
 
 TOKENIZER = "tokenizer.json"  # in the run folder
 
@@ -57,8 +62,8 @@ class TextModality(Modality[Sample]):
         super().__init__(config)
         self.data = config.section("data", TextConfig)
         self.visible_only = config.method == "data2vec2"
-        kind = VisibleEmbeddingConfig if self.visible_only else EmbeddingConfig
-        self.embedding: VisibleEmbeddingConfig | EmbeddingConfig = config.section("embedding", kind)
+        kind = BytesConfig if self.reads_raw else VisibleEmbeddingConfig if self.visible_only else EmbeddingConfig
+        self.embedding: SequenceConfig = config.section("embedding", kind)
         try:
             self.data.check()
             self.glue = None if config.stage == "pretrain" else config.section("glue", GlueConfig)
@@ -68,6 +73,8 @@ class TextModality(Modality[Sample]):
                 raise ValueError(f"head.layers={self.head.layers} must be at least 1")
             if isinstance(self.embedding, EmbeddingConfig) and not self.embedding.position_std >= 0:
                 raise ValueError(f"embedding.position_std={self.embedding.position_std} must be 0 or more")
+            if isinstance(self.embedding, BytesConfig) and self.embedding.token_bytes < 1:
+                raise ValueError(f"embedding.token_bytes={self.embedding.token_bytes} must be at least 1")
             if self.data.block_tokens > self.embedding.max_positions:
                 raise ValueError(
                     f"data.block_tokens={self.data.block_tokens} is more than "
@@ -223,6 +230,31 @@ class TextModality(Modality[Sample]):
         }
 
     @classmethod
+    def raw_sections(cls, method: str) -> Mapping[str, type]:
+        sections = cls.method_sections("", method) if method == "data2vec2" else cls.sections("")
+        return {**sections, "embedding": BytesConfig}
+
+    def raw(self) -> Raw:
+        """The bytes of each token."""
+        read = ReadBytes(self._spellings(), self.config.section("embedding", BytesConfig).token_bytes)
+        patch = (read.table.shape[1],)
+        return Raw(patch, channels=1, read=read, symbols=read.num_symbols, absent=NO_BYTE, fill=read.fill)
+
+    def _spellings(self) -> list[bytes | None]:
+        """Of every symbol by id; None for special ones. Raises UserError where they are not known."""
+        size = self.vocabulary.size
+        if self.tokenizer_file is not None:
+            spelt = self.tokenizer.spellings()
+        elif self.vocabulary == grammar.vocabulary():
+            spelt = [symbol.encode() for symbol in grammar.lexicon().symbols]
+        else:
+            raise UserError(
+                f"embedding.vocab_size={size} without data.tokenizer: how the symbols are spelt is not known, so "
+                f"encoder={self.config.encoder} has no bytes to read. Give data.tokenizer=FILE."
+            )
+        return [None if i < NUM_SPECIAL or i == size - 1 else one for i, one in enumerate(spelt)]
+
+    @classmethod
     def recipes(cls) -> Path:
         return Path(__file__).parent / "recipes"
 
@@ -267,7 +299,8 @@ class TextModality(Modality[Sample]):
     def feature_encoder(self) -> TextEncoder | VisibleTextEncoder:
         if isinstance(self.embedding, EmbeddingConfig):
             return TextEncoder(self.vocabulary, self.config.model, self.embedding)
-        return VisibleTextEncoder(self.vocabulary, self.config.model, self.embedding, self.config.official_quirks)
+        embedding = self.config.section("embedding", VisibleEmbeddingConfig)
+        return VisibleTextEncoder(self.vocabulary, self.config.model, embedding, self.config.official_quirks)
 
     def predictor(self) -> Predictor:
         if not self.visible_only:
@@ -280,7 +313,10 @@ class TextModality(Modality[Sample]):
         return decoder
 
     def teacher_parts(self) -> Mapping[str, Part]:
-        """1.0: tables and their norm are the student's own of the last update, or averaged too. 2.0: the student's."""
+        """1.0: tables and their norm are the student's own of the last update, or averaged too. 2.0: the student's.
+        A plugin's encoder is averaged but for what reads bytes."""
+        if self.reads_raw:
+            return {"": "average", "encoder.embedding": "share"}
         if isinstance(self.embedding, EmbeddingConfig):
             return {"encoder": self.embedding.teacher, "transformer": "average"}
         return {"encoder": "share", "transformer": "average"}

@@ -72,9 +72,25 @@ class BPE:
         temporary.write_text(self._json, encoding="utf-8")
         temporary.replace(path)
 
+    def spellings(self) -> list[bytes]:
+        """The bytes of every symbol by id; of special ones, their names."""
+        symbols = sorted(self._tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda pair: pair[1])
+        byte_of = _bytes_by_letter()
+        return [
+            bytes(byte_of[letter] for letter in symbol) if set(symbol) <= byte_of.keys() else symbol.encode()
+            for symbol, _ in symbols
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special symbols written out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def _bytes_by_letter() -> dict[str, int]:
+    """How byte-level BPE writes bytes: visible ones of Latin-1 as themselves, the others as letters from U+0100 on."""
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(itself))
+    return {chr(b): b for b in itself} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 def load_tokenizer(path: str | Path) -> BPE:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_core.config import ModelConfig, opt
-from d2v_core.contract import AttentionBias, FeatureEncoder, Masks, Predictor, Tokens
+from d2v_core.contract import AttentionBias, FeatureEncoder, Masks, Predictor, RawValues, Tokens
 from d2v_core.kernels import linear
 from d2v_core.transformer import Transformer
 from d2v_core.visible import Prenet, PrenetConfig, take_visible
@@ -30,13 +30,22 @@ CHANNELS = 3  # red, green, blue: whatever a file holds is converted to them
 
 
 @dataclass
-class PatchConfig:
-    """Section `features`: patches, and what fairseq's port does otherwise than the official code."""
+class RawPatchConfig:
+    """Section `features`: patches, and what of the network is not the encoder's."""
 
     patch_size: int = opt(16, "Side of a patch, pixels.")
     init_std: float = opt(
         0.02, "Initial weights are normal with this standard deviation, cut at one of it; narrow networks want more."
     )
+    head: Literal["linear", "identity"] = opt(
+        "linear", "Prediction from the final norm's output: one linear map (official), or as it is (fairseq's port)."
+    )
+
+
+@dataclass
+class PatchConfig(RawPatchConfig):
+    """Section `features`: patches, and what fairseq's port does otherwise than the official code."""
+
     teacher: Literal["average", "share"] = opt(
         "average",
         "Patch embedding and CLS of the teacher: averaged like the rest (official), or the student's own (fairseq's "
@@ -46,9 +55,6 @@ class PatchConfig:
         "shared",
         "Relative position bias: one table for all blocks (official pre-training), or one for each (official "
         "fine-tuning, where each begins as a copy of the shared one).",
-    )
-    head: Literal["linear", "identity"] = opt(
-        "linear", "Prediction from the final norm's output: one linear map (official), or as it is (fairseq's port)."
     )
 
 
@@ -93,6 +99,18 @@ class PatchEmbedding(nn.Module):
         p = self.patch_size
         patches = rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         return linear(patches, self.conv.weight.flatten(1), self.conv.bias)
+
+
+@dataclass(frozen=True)
+class ReadPatches:
+    """For `Raw.read`: the pixels of each patch, row by row, three channels each."""
+
+    patch_size: int
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> RawValues:
+        image, p = inputs["image"], self.patch_size
+        values = rearrange(image, "b c (h p) (w q) -> b (h w) (p q) c", p=p, q=p)
+        return RawValues(values, None, (image.shape[2] // p, image.shape[3] // p))
 
 
 class RelativeBias(nn.Module):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2v_core.config import RunConfig
-from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask, Task
+from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask, Raw, Task
 from d2v_core.data2vec import LinearPredictor
 from d2v_core.decoder import ConvDecoder, DecoderConfig
 from d2v_core.errors import UserError
@@ -22,9 +22,12 @@ from d2v_core.transformer import Transformer
 from d2v_core.visible import PrenetConfig
 from d2v_vision.data import ImageSample, VisionConfig, augment, open_dataset, shape_probe, to_tensor
 from d2v_vision.feature_encoder import (
+    CHANNELS,
     IdentityPredictor,
     PatchConfig,
     PatchEncoder,
+    RawPatchConfig,
+    ReadPatches,
     VisiblePatchConfig,
     VisiblePatchEncoder,
     init_official,
@@ -51,7 +54,7 @@ class VisionModality(Modality[ImageSample]):
         super().__init__(config)
         self.data = config.section("data", VisionConfig)
         self.visible_only = config.method == "data2vec2"
-        patch = config.section("features", VisiblePatchConfig if self.visible_only else PatchConfig).patch_size
+        patch = config.section("features", VisiblePatchConfig if self.visible_only else RawPatchConfig).patch_size
         labelled = "augment" in config.sections
         self.augment = config.section("augment", AugmentConfig) if labelled else AugmentConfig()
         size = self.data.image_size
@@ -72,8 +75,13 @@ class VisionModality(Modality[ImageSample]):
             raise UserError(f"This configuration cannot work: {error}") from error
 
     @property
-    def features(self) -> PatchConfig:
+    def features(self) -> RawPatchConfig:
         """Of data2vec 1.0."""
+        return self.config.section("features", RawPatchConfig)
+
+    @property
+    def own_features(self) -> PatchConfig:
+        """Of data2vec 1.0 with the modality's own encoder."""
         return self.config.section("features", PatchConfig)
 
     @classmethod
@@ -93,6 +101,17 @@ class VisionModality(Modality[ImageSample]):
             "prenet": PrenetConfig,
             "decoder": DecoderConfig,
         }
+
+    @classmethod
+    def raw_sections(cls, method: str) -> Mapping[str, type]:
+        if method == "data2vec2":
+            sections = cls.method_sections("", method)
+            return {name: sections[name] for name in ("data", "features", "mask", "decoder")}
+        return {**cls.sections(""), "features": RawPatchConfig}
+
+    def raw(self) -> Raw:
+        """Pixels, normalised."""
+        return Raw((self.patch_size, self.patch_size), channels=CHANNELS, read=ReadPatches(self.patch_size))
 
     @classmethod
     def recipes(cls) -> Path:
@@ -145,7 +164,7 @@ class VisionModality(Modality[ImageSample]):
 
     def feature_encoder(self) -> PatchEncoder | VisiblePatchEncoder:
         if not self.visible_only:
-            return PatchEncoder(self.features, self.config.model, self.data.image_size)
+            return PatchEncoder(self.own_features, self.config.model, self.data.image_size)
         features, prenet = (
             self.config.section("features", VisiblePatchConfig),
             self.config.section("prenet", PrenetConfig),
@@ -169,7 +188,7 @@ class VisionModality(Modality[ImageSample]):
         return head
 
     def teacher_parts(self) -> Mapping[str, Part]:
-        if self.visible_only or self.features.teacher == "average":
+        if self.visible_only or self.reads_raw or self.own_features.teacher == "average":
             return {"": "average"}
         share: dict[str, Part] = dict.fromkeys(
             ("encoder.embedding", "encoder.cls_token", "encoder.mask_token"), "share"
@@ -198,9 +217,9 @@ class VisionModality(Modality[ImageSample]):
 
     def adapt(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Where each block is to have a bias of its own, a shared one is copied into all of them."""
-        if self.visible_only:
+        if self.visible_only or self.reads_raw:
             return state
-        if self.features.bias == "shared":
+        if self.own_features.bias == "shared":
             if f"{POSITIONS}0.table" in state:
                 raise UserError(
                     "These weights have a relative position bias for each block, of which features.bias=shared cannot "
