@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -35,8 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils import checkpoint
 
 from d2v_core.config import RunConfig
 from d2v_core.contract import Batch
@@ -45,6 +44,9 @@ from d2v_core.keyed import seed_of
 from d2v_core.transformer import Block, Transformer
 
 T = TypeVar("T")
+_torch: Any = dist
+"""Of its functions, which are typed in part only."""
+_checkpoint: Any = checkpoint
 BUCKET = 25 << 20
 """Bytes of gradients that are sent at once; torch's DistributedDataParallel has the same."""
 STUCK = 20.0
@@ -58,10 +60,14 @@ class LostProcess(UserError):
     """Another process of the run is gone."""
 
 
+class ToldAlready(UserError):
+    """An error of the first process, which says it."""
+
+
 class Processes:
     """This process among those of the run."""
 
-    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, store: dist.Store | None = None) -> None:
+    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, store: Any = None) -> None:
         self.rank, self.count, self.local_rank, self._store = rank, count, local_rank, store
 
     @property
@@ -74,7 +80,7 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        _torch.all_gather_object(values, value)
         return values
 
     def total(self, number: int) -> int:
@@ -90,9 +96,9 @@ class Processes:
                 result[0] = call()
             except UserError as error:
                 result[1] = str(error)
-        dist.broadcast_object_list(result, 0)
+        _torch.broadcast_object_list(result, 0)
         if result[1] is not None:
-            raise UserError(result[1])
+            raise UserError(result[1]) if self.first else ToldAlready(result[1])
         return result[0]
 
     def first_then_others(self, call: Callable[[], T]) -> T:
@@ -126,21 +132,16 @@ class Processes:
         all; what the others pass is of no account. Tensor by tensor, so that nothing is held twice."""
         if self.count == 1:
             return value
-        leaves, shape = tree_flatten(value)
-        outline = self.by_first(
-            lambda: (shape, [(t.shape, t.dtype) if isinstance(t, Tensor) else None for t in leaves],
-                     [None if isinstance(t, Tensor) else t for t in leaves])
-        )  # fmt: skip
-        received: list[Any] = []
-        for i, (kind, plain) in enumerate(zip(outline[1], outline[2], strict=True)):
-            if kind is None:
-                received.append(plain)
-                continue
-            tensor = leaves[i].contiguous() if self.first else torch.empty(kind[0], dtype=kind[1])
+        tensors: list[Tensor] = []
+        outline = self.by_first(lambda: _outline(value, tensors))
+
+        def receive(kind: _Kind) -> Tensor:
+            tensor = tensors.pop(0).contiguous() if tensors else torch.empty(kind.shape, dtype=kind.dtype)
             if tensor.numel():
-                dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)
-            received.append(tensor)
-        return tree_unflatten(received, outline[0])
+                _torch.broadcast(tensor.reshape(-1).view(torch.uint8), 0)
+            return tensor
+
+        return _filled(outline, receive)
 
     def device(self, chosen: torch.device) -> torch.device:
         """With several processes and GPUs, each has its own."""
@@ -151,13 +152,42 @@ class Processes:
         if self._store is None:
             return True
         try:
-            return self._store.add(f"said {hash_of(text)}", 1) == 1
+            return self._store.add(f"said {seed_of(0, text)}", 1) == 1
         except RuntimeError:  # whoever keeps the store is gone
             return True
 
 
-def hash_of(text: str) -> int:
-    return seed_of(0, "text", text)
+@dataclass(frozen=True)
+class _Kind:
+    """What stands for a tensor that is to come."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _outline(value: Any, tensors: list[Tensor]) -> Any:
+    """Nested mappings, lists and tuples with a `_Kind` for each tensor, which goes to `tensors`."""
+
+    def put(tensor: Tensor) -> _Kind:
+        tensors.append(tensor)
+        return _Kind(tensor.shape, tensor.dtype)
+
+    return _mapped(value, Tensor, put)
+
+
+def _filled(outline: Any, receive: Callable[[_Kind], Tensor]) -> Any:
+    return _mapped(outline, _Kind, receive)
+
+
+def _mapped(value: Any, kind: type[Any], call: Callable[[Any], Any]) -> Any:
+    if isinstance(value, kind):
+        return call(value)
+    if isinstance(value, dict):
+        return {key: _mapped(each, kind, call) for key, each in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        items = [_mapped(each, kind, call) for each in cast("Sequence[Any]", value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
 
 
 ALONE = Processes()
@@ -211,6 +241,8 @@ def restarted(config: RunConfig) -> RunConfig:
 
 def say_error(error: UserError) -> int:
     """Print it, unless another process of the run has; returns the exit status."""
+    if isinstance(error, ToldAlready):
+        return 2
     joined = _current.count > 1
     if _current.is_news(str(error)) if joined else os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"d2v: {error}", file=sys.stderr, flush=True)
@@ -221,8 +253,8 @@ def leave() -> None:
     """The processes part in good order; from here on this one is alone."""
     global _current
     if _current.count > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        _torch.barrier()
+        _torch.destroy_process_group()
         _current = ALONE
         for name in ENVIRONMENT:
             os.environ.pop(name, None)
@@ -258,12 +290,12 @@ def _join(config: RunConfig) -> Processes:
             "train.device=cuda."
         )
     timeout = timedelta(minutes=launch.timeout)
-    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store, _, _ = next(iter(_torch.rendezvous("env://", timeout=timeout)))
     # Numbers that the host needs travel by gloo, also beside NCCL: no GPU has to be waited for.
-    dist.init_process_group(
+    _torch.init_process_group(
         "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo", store=store, rank=rank, world_size=count, timeout=timeout
     )
-    return Processes(rank, count, local, dist.PrefixStore("d2v", store))
+    return Processes(rank, count, local, _torch.PrefixStore("d2v", store))
 
 
 def refuse(config: RunConfig, count: int) -> None:
@@ -349,14 +381,14 @@ def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> None:
     if config.launch.activation_checkpointing:
         for module in model.modules():
             if isinstance(module, Block):
-                module.forward = functools.partial(_recomputed, module.forward)
+                vars(module)["forward"] = functools.partial(_recomputed, module.forward)
     if current().count > 1 and config.launch.strategy == "fsdp2":
         _shard(model, init_device_mesh(device.type, (current().count,)), device)
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any) -> Any:
     """Keeps the input of a block alone, and computes the rest again when gradients need it."""
-    return recomputed(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+    return _checkpoint.checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
@@ -463,14 +495,14 @@ class Replicated(Unshared):
         super().__init__(model)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:  # alike to the bit, whatever machine made them
-                dist.broadcast(tensor.data, 0)
+                _torch.broadcast(tensor.data, 0)
         self._buckets = _buckets(self.parameters[::-1])  # the last layers have their gradients first
         self._place = {id(p): i for i, bucket in enumerate(self._buckets) for p in bucket}
         self._missing: list[int] = []
         self._sent: list[tuple[Tensor, dist.Work]] = []
         self._last = False
         for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._has_gradient)
+            parameter.register_post_accumulate_grad_hook(self._has_gradient)  # pyright: ignore[reportUnknownMemberType]
 
     def rounds(self, step: int, batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
         self._missing, self._sent = [len(bucket) for bucket in self._buckets], []
@@ -489,21 +521,22 @@ class Replicated(Unshared):
     def _send(self) -> None:
         bucket = self._buckets[len(self._sent)]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket])
-        work = cast("dist.Work", dist.all_reduce(flat, async_op=True))
-        self._sent.append((flat, work))
+        self._sent.append((flat, _torch.all_reduce(flat, async_op=True)))
 
     def collect(self, loss_sum: Tensor) -> Tensor:
         self._last = False
         used = torch.tensor([float(p.grad is not None) for p in self.parameters])
         while len(self._sent) < len(self._buckets):
             self._send()
-        dist.all_reduce(used)
-        dist.all_reduce(loss_sum)
-        somewhere = {id(p) for p, count in zip(self.parameters, used.tolist(), strict=True) if count}
+        _torch.all_reduce(used)
+        _torch.all_reduce(loss_sum)
+        somewhere = {id(p) for p, count in zip(self.parameters, used, strict=True) if count}
         for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
             work.wait()
-            for p, piece in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                p.grad = piece.view_as(p) if id(p) in somewhere else None
+            place = 0
+            for p in bucket:
+                p.grad = flat[place : place + p.numel()].view_as(p) if id(p) in somewhere else None
+                place += p.numel()
         self._sent = []
         return loss_sum
 
@@ -564,7 +597,7 @@ class Sharded:
         if not all(spare for _, spare in have):  # the first steps of a small epoch
             lender = next(rank for rank, (count, _) in enumerate(have) if count)
             lent: list[Any] = [self._spare if processes.rank == lender else None]
-            dist.broadcast_object_list(lent, lender)
+            _torch.broadcast_object_list(lent, lender)
             self._spare = self._spare or lent[0]
         for p, _ in self._pairs.values():
             p.grad = None
@@ -581,13 +614,13 @@ class Sharded:
     def collect(self, loss_sum: Tensor) -> Tensor:
         for p, ours in self._pairs.values():
             ours.grad = None if p.grad is None else local(p.grad)
-        dist.all_reduce(loss_sum)
+        _torch.all_reduce(loss_sum)
         return loss_sum
 
     def clip(self, limit: float) -> Tensor:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         square = torch.nn.utils.get_total_norm(grads).square()
-        dist.all_reduce(square)
+        _torch.all_reduce(square)
         norm = square.sqrt()
         torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         return norm
@@ -620,10 +653,10 @@ class Sharded:
         return {**state, "state": moments}
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        likes = [self._of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        likes: list[Tensor] = [self._of[id(p)] for group in optimizer.param_groups for p in group["params"]]
         moments = {
             i: {name: part_of_whole(value, likes[i]) if value.dim() else value for name, value in each.items()}
-            for i, each in state["state"].items()
+            for i, each in cast("Mapping[int, Mapping[str, Tensor]]", state["state"]).items()
         }
         optimizer.load_state_dict({**state, "state": moments})
 

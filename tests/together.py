@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.distributed import TCPStore
 
 from d2v_core import cli
 
@@ -46,11 +47,23 @@ def fork(call: Callable[[], int], log: Path, environment: Mapping[str, str]) -> 
         os._exit(status)
 
 
-def start(count: int, words: Sequence[str], logs: Path, before: Callable[[int], None] | None = None) -> list[int]:
-    """`d2v WORDS` in `count` processes; their numbers. before: called in each of them with its rank."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+@dataclass(frozen=True)
+class Started:
+    """Processes that run. store: by which they find one another; it lives here, as torchrun's does in torchrun."""
+
+    children: list[int]
+    logs: Path
+    store: TCPStore
+
+    def ended(self) -> list[Ended]:
+        """All of them, waited for."""
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in self.children]
+        return [Ended(status, (self.logs / f"{rank}.txt").read_text()) for rank, status in enumerate(statuses)]
+
+
+def start(count: int, words: Sequence[str], logs: Path, before: Callable[[int], None] | None = None) -> Started:
+    """`d2v WORDS` in `count` processes. before: called in each of them with its rank."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     logs.mkdir(parents=True, exist_ok=True)
 
     def work(rank: int) -> int:
@@ -59,23 +72,20 @@ def start(count: int, words: Sequence[str], logs: Path, before: Callable[[int], 
         return cli.main(list(words))
 
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost",
-              "MASTER_PORT": str(port)}  # fmt: skip
-    return [
+              "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+              "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
+    children = [
         fork(lambda rank=rank: work(rank), logs / f"{rank}.txt", {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
-
-
-def ended(children: Sequence[int], logs: Path) -> list[Ended]:
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return [Ended(status, (logs / f"{rank}.txt").read_text()) for rank, status in enumerate(statuses)]
+    return Started(children, logs, store)
 
 
 def run_together(
     count: int, words: Sequence[str], logs: Path, before: Callable[[int], None] | None = None
 ) -> list[Ended]:
     """The same, waited for."""
-    return ended(start(count, words, logs, before), logs)
+    return start(count, words, logs, before).ended()
 
 
 def losses(run: Path) -> list[float]:
