@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -370,3 +373,69 @@ def test_restarts_without_a_folder_are_refused(make, monkeypatch):
     assert distributed.restarted(named).resume == "never"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert distributed.restarted(named).resume == "auto"
+
+
+# ------------------------------------------------------------------------------------- processes of one's own, slow
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children_of(parent: int) -> list[int]:
+    return [int(number) for number in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+@contextmanager
+def running(
+    command: Sequence[str], environment: Mapping[str, str], log: Path
+) -> Generator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env={**environment, "TOY_DELAY": "0.01"}, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        yield process, log.read_text
+    finally:
+        for number in [*children_of(process.pid), process.pid] if process.poll() is None else []:
+            os.kill(number, signal.SIGKILL)
+        process.wait()
+
+
+LONG = ["run", "modality=toy", "train.max_steps=40", "train.checkpoint_every=5", "train.keep_checkpoints=20", *UNEVEN]
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_within_half_a_minute_and_is_named(environment, tmp_path: Path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "d2v_core", *LONG, f"out={out}", "launch.processes=2", "train.max_steps=100000"]
+    command.remove("train.max_steps=40")
+    with running(command, environment, tmp_path / "log.txt") as (process, text):
+        wait_for(lambda: bool(checkpoint.list_checkpoints(out / "checkpoints")))
+        killed, begun = children_of(process.pid)[1], time.monotonic()
+        os.kill(killed, signal.SIGKILL)
+        assert process.wait(timeout=60) == 128 + signal.SIGKILL
+        took = time.monotonic() - begun
+        print(f"ended {took:.1f} s after one process was killed")
+        assert took < 30
+        assert f"d2v: process 1 of 2 (number {killed} of the system) was killed by SIGKILL" in text()
+        assert f"out={out} resume=auto" in text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["torchrun", "d2v"])
+def test_processes_that_are_started_again_go_on_to_the_same_end(d2v, read_run, environment, tmp_path: Path, by: str):
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    own = ["launch.processes=2", "launch.max_restarts=1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    start = [*torchrun, "-m", "d2v_core", *LONG] if by == "torchrun" else ["-m", "d2v_core", *LONG, *own]
+    with running([sys.executable, *start, f"out={out}"], environment, tmp_path / "log.txt") as (process, text):
+        wait_for(lambda: len(checkpoint.list_checkpoints(out / "checkpoints")) > 1)
+        os.kill(children_of(process.pid)[0], signal.SIGKILL)
+        assert process.wait(timeout=300) == 0, text()
+        assert "Going on from" in text()
+    assert d2v(*LONG, f"out={straight}")[0] == 0
+    assert_close(read_run, straight, out)
