@@ -27,14 +27,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils import checkpoint
 
 from d2v_core.config import RunConfig
@@ -42,6 +39,10 @@ from d2v_core.contract import Batch
 from d2v_core.errors import UserError
 from d2v_core.keyed import seed_of
 from d2v_core.transformer import Block, Transformer
+
+if TYPE_CHECKING:  # torch takes more than half a second to import these, which one process does not need
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 _torch: Any = dist
@@ -69,6 +70,8 @@ class Processes:
 
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, store: Any = None) -> None:
         self.rank, self.count, self.local_rank, self._store = rank, count, local_rank, store
+        self.waiting = False
+        """For what others have to say. Where one of them is gone, that ends by itself."""
 
     @property
     def first(self) -> bool:
@@ -80,7 +83,9 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
+        self.waiting = True
         _torch.all_gather_object(values, value)
+        self.waiting = False
         return values
 
     def total(self, number: int) -> int:
@@ -96,7 +101,9 @@ class Processes:
                 result[0] = call()
             except UserError as error:
                 result[1] = str(error)
+        self.waiting = True
         _torch.broadcast_object_list(result, 0)
+        self.waiting = False
         if result[1] is not None:
             raise UserError(result[1]) if self.first else ToldAlready(result[1])
         return result[0]
@@ -244,7 +251,8 @@ def say_error(error: UserError) -> int:
     if isinstance(error, ToldAlready):
         return 2
     joined = _current.count > 1
-    if _current.is_news(str(error)) if joined else os.environ.get("LOCAL_RANK", "0") == "0":
+    what = type(error).__name__ if isinstance(error, LostProcess) else str(error)
+    if _current.is_news(what) if joined else os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"d2v: {error}", file=sys.stderr, flush=True)
     return LOST if isinstance(error, LostProcess) else 2
 
@@ -327,7 +335,8 @@ def never_stuck(noticed: Callable[[], bool]) -> Generator[None]:
     """Inside, a SIGTERM ends this process also where torch waits, outside of Python, for one that is gone.
 
     noticed: whether Python's own handler has run. A handler runs between two steps of the interpreter, so never during
-    such a wait; the launcher's next signal is SIGKILL, after half a minute, without a word of ours.
+    such a wait; the launcher's next signal is SIGKILL, after half a minute, without a word of ours. Only NCCL waits so:
+    gloo, by which the processes talk, notices at once that one is gone, and may wait long for one that works.
     """
     if current().count == 1:
         yield
@@ -341,9 +350,9 @@ def never_stuck(noticed: Callable[[], bool]) -> Generator[None]:
             if number[0] != signal.SIGTERM:
                 continue
             deadline = time.monotonic() + STUCK
-            while time.monotonic() < deadline and not noticed():
+            while time.monotonic() < deadline and not (noticed() or current().waiting):
                 time.sleep(0.1)
-            if not noticed():
+            if not (noticed() or current().waiting):
                 text = f"d2v: process {current().rank} waits for another one that does not answer, and was told to end."
                 print(text, file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGTERM)
@@ -362,16 +371,24 @@ def never_stuck(noticed: Callable[[], bool]) -> Generator[None]:
 # ------------------------------------------------------------------------------------------------ sharing a network
 
 
+def as_sharded(tensor: Tensor) -> DTensor | None:
+    """The same tensor if it is dealt out to the processes."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return cast("DTensor", tensor) if module is not None and isinstance(tensor, module.DTensor) else None
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, on the same memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    sharded = as_sharded(tensor)
+    return tensor if sharded is None else sharded.to_local()
 
 
 def part_of_whole(whole: Tensor, like: Tensor) -> Tensor:
     """Of a whole tensor the rows that this process keeps of `like`."""
-    if not isinstance(like, DTensor):
+    sharded = as_sharded(like)
+    if sharded is None:
         return whole
-    mesh = like.device_mesh
+    mesh = sharded.device_mesh
     rows = math.ceil(whole.shape[0] / mesh.size())
     return whole[mesh.get_local_rank() * rows :][:rows]
 
@@ -382,8 +399,14 @@ def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> None:
         for module in model.modules():
             if isinstance(module, Block):
                 vars(module)["forward"] = functools.partial(_recomputed, module.forward)
-    if current().count > 1 and config.launch.strategy == "fsdp2":
-        _shard(model, init_device_mesh(device.type, (current().count,)), device)
+    if is_sharded(config):
+        from torch.distributed.device_mesh import init_device_mesh
+
+        _shard(model, init_device_mesh(device.type, (current().count,)))
+
+
+def is_sharded(config: RunConfig) -> bool:
+    return current().count > 1 and config.launch.strategy == "fsdp2"
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any) -> Any:
@@ -391,14 +414,14 @@ def _recomputed(forward: Callable[..., Any], *args: Any) -> Any:
     return _checkpoint.checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
 
 
-def _shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Each block is gathered when it runs, student's and teacher's alike; the rest of the network for the whole step.
 
     The rest is one group because it is also used outside of any `forward`, and because the two encoders may share
     parameters.
     """
-    if device.type == "cpu":
-        model.to(device)
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     empty = {p for p in model.parameters() if not p.numel()}  # torch cannot deal them out
     for module in [m for m in model.modules() if isinstance(m, Block)]:
         fully_shard(module, mesh=mesh)
@@ -443,7 +466,7 @@ class Sharing(Protocol):
 
 
 def sharing_of(model: nn.Module, config: RunConfig) -> Sharing:
-    if isinstance(model, FSDPModule):
+    if is_sharded(config):
         return Sharded(model, config.seed)
     return Unshared(model) if current().count == 1 else Replicated(model)
 
@@ -632,12 +655,15 @@ class Sharded:
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            sharded = as_sharded(tensor)
+            full = tensor if sharded is None else sharded.full_tensor()
             if current().first:
                 kept[name] = full.detach().cpu()
         return kept
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        from torch.distributed.tensor import DTensor
+
         state = optimizer.state_dict()
         moments: dict[int, dict[str, Tensor]] = {}
         for i, ours in enumerate(p for group in optimizer.param_groups for p in group["params"]):
