@@ -710,7 +710,8 @@ def launch(config: RunConfig, words: Sequence[str], out: Path) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     count = config.launch.processes
-    words = [word for word in words if word.partition("=")[0].strip() not in ("out", "resume")]
+    own = {"out": str(out), "resume": "auto", "stage": config.stage}  # what follows this stage is for the caller
+    words = [word for word in words if word.partition("=")[0].strip() not in own]
     if not config.train.num_threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     # How long the processes have to finish the step and save when this one is told to end.
@@ -723,7 +724,7 @@ def launch(config: RunConfig, words: Sequence[str], out: Path) -> int:
         sys.executable,
     )  # fmt: skip
     try:
-        start("-m", "d2v_core", "run", *words, f"out={out}", "resume=auto")
+        start("-m", "d2v_core", "run", *words, *(f"{key}={value}" for key, value in own.items()))
     except ChildFailedError as error:
         failed = sorted(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].exitcode == LOST))
         rank, failure = failed[0]

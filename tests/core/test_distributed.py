@@ -88,15 +88,15 @@ def stop_at(count: int, rank: int) -> Callable[[int], None]:
 
 
 def test_all_stop_where_one_is_told_to_and_another_number_goes_on(d2v, read_run, tmp_path: Path):
-    """Two sharded processes, then three copies, then one."""
+    """Four sharded processes, of which one has no micro-batch, then two copies, then one."""
     words, out, straight = [*PLAIN, *UNEVEN, "train.max_steps=7"], tmp_path / "run", tmp_path / "straight"
     words.remove(f"train.max_steps={STEPS}")
-    done = run_together(2, [*words, f"out={out}", "launch.strategy=fsdp2"], tmp_path / "a", stop_at(2, rank=1))
-    assert [each.status for each in done] == [143, 143], done
+    done = run_together(4, [*words, f"out={out}", "launch.strategy=fsdp2"], tmp_path / "a", stop_at(2, rank=3))
+    assert [each.status for each in done] == [143] * 4, done
     assert "Stopped by SIGTERM after step 2 of 7" in done[0].text
-    done = run_together(3, [*words, f"out={out}", "resume=auto"], tmp_path / "b", stop_at(3, rank=2))
-    assert [each.status for each in done] == [143] * 3, done
-    assert "this run used 2 processes, now there are 3" in done[0].text
+    done = run_together(2, [*words, f"out={out}", "resume=auto"], tmp_path / "b", stop_at(3, rank=1))
+    assert [each.status for each in done] == [143] * 2, done
+    assert "this run used 4 processes, now there are 2" in done[0].text
     assert "Stopped by SIGTERM after step 5 of 7" in done[0].text
     assert d2v(*words, f"out={out}", "resume=auto")[0] == 0
     assert d2v(*words, f"out={straight}")[0] == 0
@@ -362,6 +362,26 @@ def test_a_number_of_processes_that_is_not_torchruns_is_refused(tmp_path: Path):
     assert [each.status for each in done] == [2, 2]
     assert done[0].text.startswith("d2v: launch.processes=3, but torchrun has started 2 processes here")
     assert done[1].text == ""
+
+
+def test_the_processes_are_started_with_the_words_of_the_command_and_its_folder(d2v, monkeypatch, tmp_path: Path):
+    """And with their own stage alone: what follows pre-training is for the process that started them."""
+    started: list[Any] = []
+
+    def launch(config, entry):
+        started.append((config.nproc_per_node, config.max_restarts))
+        return lambda *words: started.append(words)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
+    out = tmp_path / "run"
+    assert d2v("run", "modality=toy", f"out={out}", "launch.processes=3", "launch.max_restarts=2")[0] == 0
+    assert started == [
+        (3, 2),
+        ("-m", "d2v_core", "run", "modality=toy", "launch.processes=3", "launch.max_restarts=2", f"out={out}",
+         "resume=auto", "stage=pretrain"),
+    ]  # fmt: skip
 
 
 def test_restarts_without_a_folder_are_refused(make, monkeypatch):
