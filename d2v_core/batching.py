@@ -26,6 +26,7 @@ from d2v_core.contract import (
     Modality,
     Targets,
 )
+from d2v_core.distributed import current
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator
 from d2v_core.masking import FinetuneMasking
@@ -124,17 +125,22 @@ def _split(epoch: int, step: int, chosen: np.ndarray, micro_batch: int, sizes: n
 
 
 class _Endless(torch.utils.data.Sampler[MicroBatch]):
-    """Micro-batches from (epoch, step) on, for ever."""
+    """Micro-batches of one process from (epoch, step) on, for ever."""
 
-    def __init__(self, plan: Plan, epoch: int, step: int) -> None:
-        self.plan, self.epoch, self.step = plan, epoch, step
+    def __init__(self, plan: Plan, epoch: int, step: int, rank: int, count: int) -> None:
+        self.plan, self.epoch, self.step, self.rank, self.count = plan, epoch, step, rank, count
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def steps(self) -> Iterator[tuple[int, int, list[MicroBatch]]]:
+        """(epoch, step within the epoch, this process's micro-batches of it, of which there may be none)."""
         epoch, first = self.epoch, self.step
         while True:
-            for members in self.plan(epoch)[first:]:
-                yield from members
+            for step, members in enumerate(self.plan(epoch)[first:], first):
+                yield epoch, step, members[self.rank :: self.count]
             epoch, first = epoch + 1, 0
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for _, _, members in self.steps():
+            yield from members
 
 
 class _Reader(Reader[MicroBatch, Batch]):
@@ -192,7 +198,8 @@ class _MicroBatches(_Reader):
         if not samples:
             return Batch({}, None, skipped=skipped)
         inputs = self.modality.collate(samples)
-        return Batch(inputs, self._masks(samples, ids, micro.epoch), ids, self.modality.amount(inputs), skipped)
+        masks = self._masks(samples, ids, micro.epoch)
+        return Batch(inputs, masks, ids, self.modality.amount(inputs), skipped, part=micro.part)
 
     def _masks(self, samples: Sequence[Any], ids: Sequence[str], epoch: int) -> Masks:
         layouts = [self.modality.layout(sample) for sample in samples]
@@ -250,7 +257,7 @@ class _LabelledMicroBatches(_Reader):
         if self.masking is not None:
             rngs = [generator(self.seed, "withhold", micro.epoch, name) for name in ids]
             corruption = self.masking([self.modality.layout(sample) for sample in samples], rngs)
-        return Batch(inputs, None, ids, amount, skipped, targets, corruption)
+        return Batch(inputs, None, ids, amount, skipped, targets, corruption, micro.part)
 
 
 class _Whole(_Reader):
@@ -268,24 +275,23 @@ class _Whole(_Reader):
 class Steps:
     """Iterates over (epoch, step within the epoch, micro-batches of that step), endlessly.
 
-    epoch, step: where to begin; a resumed run gives what it had stored.
+    epoch, step: where to begin; a resumed run gives what it had stored. Of several processes each iterates over the
+    same steps, and has its own micro-batches of them.
     """
 
     def __init__(
         self, reader: _Reader, plan: Plan, *, num_workers: int, epoch: int, step: int, pin_memory: bool,
         worker_policy: WorkerPolicy,
     ) -> None:  # fmt: skip
+        processes = current()
         self.steps_per_epoch = len(plan(epoch))
-        self._plan = _Endless(plan, epoch, step)
+        self._plan = _Endless(plan, epoch, step, processes.rank, processes.count)
         self._loader = Workers(reader, self._plan, num_workers, pin_memory, worker_policy)
 
     def __iter__(self) -> Generator[tuple[int, int, list[Batch]], None, None]:
-        pending: list[Batch] = []
-        for micro, batch in zip(self._plan, self._loader, strict=True):
-            pending.append(batch)
-            if micro.part == micro.num_parts - 1:
-                yield micro.epoch, micro.step, pending
-                pending = []
+        batches = iter(self._loader)
+        for epoch, step, members in self._plan.steps():
+            yield epoch, step, [next(batches) for _ in members]
 
 
 class StepLoader(Steps):

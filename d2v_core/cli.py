@@ -46,14 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, so that a reader who has left is noticed below and not while Python ends
         return status
     except UserError as error:
-        print(f"d2v: {error}", file=sys.stderr)
-        return 2
+        return _refusal(error)
     except KeyboardInterrupt:
         print("d2v: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _refusal(error: UserError) -> int:
+    """The exit status. Of several processes that train together, one says it."""
+    distributed = sys.modules.get("d2v_core.distributed")
+    if distributed is None:
+        print(f"d2v: {error}", file=sys.stderr)
+        return 2
+    return distributed.say_error(error)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -218,8 +226,9 @@ def _run(argv: Sequence[str]) -> int:
     from d2v_core.config import with_sequel
 
     words, sequel = with_sequel(argv)
+    first = os.environ.get("RANK", "0") == "0"
     status, folder = _run_stage(words)
-    return sequel.run(folder) if sequel is not None and status == 0 else status
+    return sequel.run(folder) if sequel is not None and status == 0 and first else status
 
 
 def _run_stage(argv: Sequence[str]) -> tuple[int, Path]:
@@ -229,32 +238,43 @@ def _run_stage(argv: Sequence[str]) -> tuple[int, Path]:
     from d2v_core.jointconfig import JointConfig, load_run
 
     config, kind = load_run(argv)
+    from d2v_core import distributed
     from d2v_core.runfolder import drop_unused, open_run
 
-    console = Console()
-    modality = kind(config)  # refuses what cannot work before there is a folder
-    folder = open_run(config)
-    if folder.done:
-        console.print(
-            f"{folder.path} is already complete; nothing to do.", soft_wrap=True, highlight=False, markup=False
-        )
-        return 0, folder.path
-    console.print(
-        f"d2v {__version__}: {config.modality}, preset {config.preset}, in {folder.path}",
-        soft_wrap=True, highlight=False, markup=False,
-    )  # fmt: skip
-    try:
-        return _stage("joint" if isinstance(config, JointConfig) else config.stage)(
-            modality, folder.path, console
-        ).fit(), folder.path
-    except OSError as error:
+    joint = isinstance(config, JointConfig)
+    one = next(iter(config.members.values())) if isinstance(config, JointConfig) else config
+    if joint and (distributed.is_worker() or one.launch.processes > 1):
         raise UserError(
-            f"The run in {folder.path} stopped: {error}. If the disk is full, make room; then go on with "
-            f"out={folder.path} resume=auto."
-        ) from error
-    finally:
-        if folder.new:  # a mistake that the first step did not survive must not stand in the way of the next try
-            drop_unused(folder.path)
+            "A run of several modalities has one process: leave out launch.processes and torchrun, or train each "
+            "modality in a run of its own."
+        )
+    with distributed.together(one) as processes:
+        console = Console(quiet=not processes.first)
+        modality = kind(config)  # refuses what cannot work before there is a folder
+        folder = processes.by_first(lambda: open_run(distributed.restarted(config)))
+        if folder.done:
+            console.print(
+                f"{folder.path} is already complete; nothing to do.", soft_wrap=True, highlight=False, markup=False
+            )
+            return 0, folder.path
+        try:
+            if distributed.to_launch(one):
+                return distributed.launch(one, argv, folder.path), folder.path
+            console.print(
+                f"d2v {__version__}: {config.modality}, preset {config.preset}, in {folder.path}",
+                soft_wrap=True, highlight=False, markup=False,
+            )  # fmt: skip
+            make = _stage("joint" if joint else config.stage)
+            return processes.first_then_others(lambda: make(modality, folder.path, console)).fit(), folder.path
+        except OSError as error:
+            raise UserError(
+                f"The run in {folder.path} stopped: {error}. If the disk is full, make room; then go on with "
+                f"out={folder.path} resume=auto."
+            ) from error
+        finally:
+            # A mistake that the first step did not survive must not stand in the way of the next try.
+            if folder.new and processes.first:
+                drop_unused(folder.path)
 
 
 def _stage(name: str) -> Any:

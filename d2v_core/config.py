@@ -203,6 +203,29 @@ class FinetuneConfig:
     eval_every: int = opt(100, "Steps between scores on the dev part; the best one's weights are kept.")
 
 
+@dataclass
+class LaunchConfig:
+    """Several processes that train as one (docs/distributed.md)."""
+
+    processes: int = opt(1, "Processes on this machine; leave it at 1 with torchrun, which starts them itself.")
+    strategy: Literal["ddp", "fsdp2"] = opt(
+        "ddp",
+        "ddp = each process has the whole network; fsdp2 = each keeps its share of weights, gradients, moments and "
+        "teacher.",
+    )
+    activation_checkpointing: bool = opt(
+        False,
+        "Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory, more time.",
+    )
+    backend: Literal["auto", "gloo", "nccl"] = opt(
+        "auto", "How gradients travel; auto = nccl where each process has a GPU of its own, else gloo."
+    )
+    timeout: float = opt(30.0, "Minutes for which a process waits for the others before it gives up.")
+    max_restarts: int = opt(
+        0, "How often the processes are started again from the newest checkpoint when one of them dies."
+    )
+
+
 CORE_SECTIONS: Mapping[str, type] = {
     "model": ModelConfig,
     "target": TargetConfig,
@@ -212,10 +235,11 @@ CORE_SECTIONS: Mapping[str, type] = {
     "guard": GuardConfig,
     "train": TrainConfig,
     "finetune": FinetuneConfig,
+    "launch": LaunchConfig,
 }
 STAGES: Mapping[str, tuple[str, ...]] = {
-    "pretrain": ("model", "target", "loss", "teacher", "optim", "guard", "train"),
-    "finetune": ("model", "optim", "train", "finetune"),
+    "pretrain": ("model", "target", "loss", "teacher", "optim", "guard", "train", "launch"),
+    "finetune": ("model", "optim", "train", "finetune", "launch"),
     "probe": ("model", "train", "finetune"),
 }
 """Each stage, and the sections that mean something to it."""
@@ -270,6 +294,7 @@ class RunConfig:
     guard: GuardConfig
     train: TrainConfig
     finetune: FinetuneConfig
+    launch: LaunchConfig
     sections: dict[str, Any]
     """The modality's own sections, by name."""
     home: Path | None = None
@@ -579,6 +604,14 @@ def check(config: RunConfig) -> RunConfig:
         problems.append(f"train.worker_timeout={train.worker_timeout} must be above 0 seconds")
     if config.resume not in RESUME:
         problems.append(f"resume={config.resume} must be one of: {', '.join(RESUME)}.{_hint(config.resume, RESUME)}")
+    launch = config.launch
+    at_least("launch.processes", launch.processes, 1)
+    at_least("launch.max_restarts", launch.max_restarts, 0)
+    above("launch.timeout", launch.timeout)
+    if launch.strategy == "fsdp2":
+        for key, given in (("compile=true", train.compile), ("precision=fp16", train.precision == "fp16")):
+            if given:
+                problems.append(f"train.{key} does not work with launch.strategy=fsdp2: leave it out, or take ddp")
     tune = config.finetune
     for key in ("eval_every", "head_batch", "mask_length", "channel_mask_length"):
         at_least(f"finetune.{key}", getattr(tune, key), 1)

@@ -175,6 +175,7 @@ class Batch:
     ids: sample ids in row order. amount: how much data this is, in the modality's unit. skipped: (id, reason) pairs.
     targets: of labelled data: (B, C) float32 shares of the classes, summing to 1; (B,) float32 values of a regression;
     or (B, S) int64 symbols, -1 behind the end of shorter sequences. corruption: of labelled data while training.
+    part: its number among the micro-batches of its step, all processes together.
     """
 
     inputs: Mapping[str, Tensor]
@@ -184,6 +185,7 @@ class Batch:
     skipped: tuple[tuple[str, str], ...] = ()
     targets: Tensor | None = None
     corruption: Corruption | None = None
+    part: int = 0
 
     def to(self, device: torch.device) -> Batch:
         """The same with every tensor on `device`."""

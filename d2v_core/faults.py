@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from d2v_core.contract import Batch
+from d2v_core.distributed import ALONE, Processes
 
 FAULTS_FILE = "faults.jsonl"
 
@@ -46,11 +47,11 @@ class FaultWatch:
     """Looks at each update, on a GPU one step late so that it is not waited for.
 
     path: faults.jsonl gets a line per skipped step. bad: is given a sentence on each. limit: that many in a row raise
-    TooManyFaults.
+    TooManyFaults. processes: those of the run, which all see the same and of which the first writes.
     """
 
-    def __init__(self, path: Path, bad: Callable[[str], None], limit: int) -> None:
-        self.path, self.bad, self.limit = path, bad, limit
+    def __init__(self, path: Path, bad: Callable[[str], None], limit: int, processes: Processes = ALONE) -> None:
+        self.path, self.bad, self.limit, self.processes = path, bad, limit, processes
         self.in_a_row = 0
         self._waiting: tuple[int, tuple[str, ...], Outcome] | None = None
 
@@ -75,9 +76,11 @@ class FaultWatch:
         if outcome.scaled and math.isfinite(loss):
             return
         self.in_a_row += 1
+        ids = tuple(name for each in self.processes.gather(ids) for name in each)
         line = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": list(ids)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.processes.first:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         what = f"step {step}: the loss is {loss:g}, the gradient norm {grad_norm:g}"
         self.bad(f"{what}; skipped, the weights stay as they are. Its samples are listed in {self.path}.")
         if self.in_a_row >= self.limit:

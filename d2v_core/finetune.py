@@ -21,6 +21,7 @@ from d2v_core.batching import LabelledSteps, labelled_batches
 from d2v_core.contract import Batch, Corruption, LabelledPart, Modality, Tokens
 from d2v_core.ctc import Symbols
 from d2v_core.data2vec import Student
+from d2v_core.distributed import prepare
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator
 from d2v_core.labelled import Split, ids, open_task
@@ -124,11 +125,12 @@ class Finetuner(Loop[Network]):
                                 f"{', '.join(sorted({'.'.join(name.split('.')[:2]) for name in names}))}.")  # fmt: skip
         for name, parameter in self.model.student.named_parameters():
             parameter.requires_grad_(not name.startswith(tuple(tune.frozen)))
+        prepare(self.model, config, self.device)
         self.model.to(self.device).train()
-        if fresh and tune.head_steps:
+        if fresh and tune.head_steps and self.processes.first:
             self._fit_head()
+        self.optimizer_step = OptimizerStep(self.model, config, self.device, self._scale_of)  # now all have that head
         self.averaged = None if tune.ema_decay is None else _averaged(self.model, tune.ema_decay)
-        self.optimizer_step = OptimizerStep(self.model, config, self.device, self._scale_of)
 
     def _fit_head(self) -> None:
         """The head's last map, on what the network makes of the training part before it is trained itself."""
@@ -165,11 +167,12 @@ class Finetuner(Loop[Network]):
     def open_data(self) -> None:
         task = self.split.task
         self.dataset_size, self.description = len(self.split.train.labels), self.split.description
-        write_json(self.out / TASK_FILE, {
-            "name": task.name, "classes": list(task.classes), "symbols": list(task.symbols),
-            "metrics": list(task.metrics), "train": list(ids(self.split.train)), "dev": list(ids(self.split.dev)),
-            "left_out": dict(task.left_out),
-        })  # fmt: skip
+        if self.processes.first:
+            write_json(self.out / TASK_FILE, {
+                "name": task.name, "classes": list(task.classes), "symbols": list(task.symbols),
+                "metrics": list(task.metrics), "train": list(ids(self.split.train)), "dev": list(ids(self.split.dev)),
+                "left_out": dict(task.left_out),
+            })  # fmt: skip
 
     def steps(self) -> LabelledSteps:
         return LabelledSteps(
@@ -196,8 +199,11 @@ class Finetuner(Loop[Network]):
 
     def after_step(self) -> None:
         progress = self.progress
-        if progress.step % self.tune.eval_every and progress.step < self.config.train.max_steps:
-            return
+        if progress.step % self.tune.eval_every == 0 or progress.step == self.config.train.max_steps:
+            self.processes.by_first(self._score_dev)
+
+    def _score_dev(self) -> None:
+        progress = self.progress
         scores = self.score(self.outputs(self.split.dev))
         file = MetricsFile(self.out / "scores.jsonl", progress.step - 1)
         file.write({"step": progress.step, **scores})
@@ -226,7 +232,7 @@ class Finetuner(Loop[Network]):
         """All of a part, as it is, in batches of the size that runs at once. What cannot be read is noted."""
         batch, workers = self.tune.micro_batch or self.tune.batch, self.config.train.num_workers
         for one in labelled_batches(self.modality, part, self.objective.targets, batch, workers, self.worker_policy()):
-            self.note_skipped(one)
+            self.note_skipped(one.skipped)
             yield one
 
     def outputs(self, part: LabelledPart[Any]) -> Outputs:

@@ -25,6 +25,7 @@ from d2v_core import checkpoint
 from d2v_core.batching import Steps
 from d2v_core.config import RunConfig
 from d2v_core.contract import Batch, Modality
+from d2v_core.distributed import current, leave, local, never_stuck, sharing_of
 from d2v_core.errors import UserError
 from d2v_core.faults import FAULTS_FILE, FaultWatch, Outcome, TooManyFaults, find_fault
 from d2v_core.files import first
@@ -51,8 +52,9 @@ class OptimizerStep:
         self, model: nn.Module, config: RunConfig, device: torch.device, scale_of: Callable[[str], float] | None = None
     ) -> None:
         self.config, self.device = config, device
-        self.optimizer = make_optimizer(model, config.optim, scale_of)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.processes, self.sharing = current(), sharing_of(model, config)
+        self.parameters = self.sharing.parameters
+        self.optimizer = make_optimizer(self.sharing, config.optim, scale_of)
         if device.type == "cpu":
             return_only_large_blocks()
         self.dtype = AUTOCAST[config.train.precision]
@@ -68,30 +70,26 @@ class OptimizerStep:
         Where one of them is not finite the weights stay as they are; `outcome` has it, on the device, which is not
         waited for.
 
-        count: over how many things `forward` sums the loss of a micro-batch. The objective is the mean over all of
-        them in all micro-batches. Their number is known only at the end, so gradients are taken of sums over a first
-        guess and corrected once.
+        batches: those of this process. count: over how many things `forward` sums the loss of a micro-batch. The
+        objective is the mean over all of them in all micro-batches of all processes.
         """
         config = self.config
-        _seed(seed_of(config.seed, "step", step))  # dropout: the same after a resume
         set_step(self.optimizer, lr_at(step, config.train.max_steps, config.optim), step, config.optim)
         self.optimizer.zero_grad(set_to_none=True)
-        guess = max(count(batches[0]) * len(batches), 1)
-        total = sum(count(batch) for batch in batches)
+        total = self.processes.total(sum(count(batch) for batch in batches))
         loss_sum = torch.zeros((), device=self.device)
-        for batch in batches:
-            batch = batch.to(self.device)
+        for batch, counts in self.sharing.rounds(step, batches):
+            self._seed(step, batch)
             with self.autocast():
-                loss = forward(batch)
-            self.scaler.scale(loss / guess).backward()  # pyright: ignore[reportUnknownMemberType]
-            loss_sum += loss.detach()
+                loss = forward(batch.to(self.device))
+            # What does not count runs for the sake of the other processes, which it has to meet in the network.
+            self.scaler.scale(loss / total if counts else 0.0 * loss).backward()  # pyright: ignore[reportUnknownMemberType]
+            if counts:
+                loss_sum += loss.detach()
+        loss_sum = self.sharing.collect(loss_sum)
         self.scaler.unscale_(self.optimizer)
-        if total != guess:
-            torch._foreach_mul_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-                [p.grad for p in self.parameters if p.grad is not None], guess / total
-            )
         limit = config.optim.clip_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        grad_norm = self.sharing.clip(math.inf if limit is None else limit)
         applied = (loss_sum.isfinite() & grad_norm.isfinite()).float()
         self.weigh(applied)
         if self.scaler.is_enabled():  # finds the same out by itself
@@ -102,9 +100,12 @@ class OptimizerStep:
             self.optimizer.found_inf = 1.0 - applied  # pyright: ignore[reportAttributeAccessIssue]
             self.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
 
+        def again(batch: Batch) -> Tensor:
+            self._seed(step, batch)
+            return forward(batch.to(self.device))
+
         def find() -> str:
-            _seed(seed_of(config.seed, "step", step))
-            return find_fault(self.model, [batch.to(self.device) for batch in batches], forward, self.autocast)
+            return self.sharing.diagnosis(lambda: find_fault(self.model, batches, again, self.autocast))
 
         self.outcome = Outcome(applied, loss_sum / total, grad_norm, self.scaler.is_enabled(), find)
         return self.outcome.loss, grad_norm
@@ -114,15 +115,32 @@ class OptimizerStep:
         will be skipped."""
         del applied
 
+    def _seed(self, step: int, batch: Batch) -> None:
+        """Dropout and the like: the same after a resume, and whichever process a micro-batch falls to."""
+        place = (step, batch.part) if batch.part else (step,)
+        seed = seed_of(self.config.seed, "step", *place)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
+
     def autocast(self) -> torch.autocast:
         """A context in `train.precision`; does nothing for fp32."""
         return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
 
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(seed)
+@dataclass(frozen=True)
+class Turn:
+    """What a process tells the others before each step.
+
+    place: (epoch, step) of its next batch. signal: what it was told to stop by. usable, amount: how many of its
+    micro-batches can be learned from, and how much data they are. skipped: (id, reason) of samples that it cannot read.
+    """
+
+    place: tuple[int, int]
+    signal: int | None
+    usable: int
+    amount: float
+    skipped: tuple[tuple[str, str], ...]
 
 
 @dataclass
@@ -165,7 +183,8 @@ class Loop(ABC, Generic[ModelT]):
     def __init__(self, modality: Modality[Any], out: Path, console: Console) -> None:
         self.modality, self.config, self.out, self.console = modality, modality.config, out, console
         self.unit = modality.unit
-        self.device = pick_device(self.config)
+        self.processes = current()
+        self.device = self.processes.device(pick_device(self.config))
         if self.config.train.num_threads:
             torch.set_num_threads(self.config.train.num_threads)
         self.progress = Progress()
@@ -235,11 +254,12 @@ class Loop(ABC, Generic[ModelT]):
     def fit(self) -> int:
         """Train to the end, or until a signal; returns the exit status: 0, or 130 and 143 after saving."""
         train = self.config.train
-        found = checkpoint.list_checkpoints(self.out / "checkpoints")
+        found = self._checkpoints()
         self.build(not found)  # before the data, which may take long to look through
         if found:
             self.say(escape(f"Going on from {self.restore(found)}."))
-        self.open_data()
+        self.processes.first_then_others(self.open_data)
+        self.processes.agree("their data", (self.dataset_size, self.description))
         self.say(escape(self.description))
         if train.compile:
             for module in self.model.modules():
@@ -256,8 +276,13 @@ class Loop(ABC, Generic[ModelT]):
             )
             return INTERRUPTED if name == "SIGINT" else TERMINATED
         self.save()
-        self.finish()
+        leave()
+        if self.processes.first:
+            self.finish()
         return 0
+
+    def _checkpoints(self) -> list[Path]:
+        return self.processes.by_first(lambda: checkpoint.list_checkpoints(self.out / "checkpoints"))
 
     def _going_back_once(self, display: Display) -> bool:
         """`_loop`. Too many steps that are not finite: once, the run goes on from its newest checkpoint, with the data
@@ -266,7 +291,7 @@ class Loop(ABC, Generic[ModelT]):
             try:
                 return self._loop(display)
             except TooManyFaults as fault:
-                progress, found = self.progress, checkpoint.list_checkpoints(self.out / "checkpoints")
+                progress, found = self.progress, self._checkpoints()
                 if progress.went_back or not found:
                     raise UserError(
                         f"{fault.diagnosis} "
@@ -290,38 +315,52 @@ class Loop(ABC, Generic[ModelT]):
         """True when max_steps is reached, False when a signal asked to stop."""
         train, progress = self.config.train, self.progress
         loader = self.steps()
-        metrics_file = MetricsFile(self.out / "metrics.jsonl", progress.step)
-        writers = [metrics_file, *([TensorBoard(self.out / "tensorboard", progress.step)] if train.tensorboard else [])]
+        writers: list[MetricsFile | TensorBoard] = []
+        if self.processes.first:
+            writers.append(MetricsFile(self.out / "metrics.jsonl", progress.step))
+            if train.tensorboard:
+                writers.append(TensorBoard(self.out / "tensorboard", progress.step))
         base, started, first_step = progress.seconds, time.perf_counter(), progress.step
         since, amount, waited, idle = started, 0.0, 0.0, 0
-        faults = FaultWatch(self.out / FAULTS_FILE, self._bad_step, train.bad_steps_limit)
+        faults = FaultWatch(self.out / FAULTS_FILE, self._bad_step, train.bad_steps_limit, self.processes)
         batches = iter(loader)
         try:
             while progress.step < train.max_steps:
-                if self._signal is not None:
+                if self._signal is not None and self.processes.count == 1:
                     return False
                 asked = time.perf_counter()
                 epoch, epoch_step, step_batches = next(batches)
                 waited += time.perf_counter() - asked
+                usable = [batch for batch in step_batches if self.usable(batch)]
+                turns = self.processes.gather(
+                    Turn(
+                        (epoch, epoch_step), self._signal, len(usable), sum(batch.amount for batch in usable),
+                        tuple(pair for batch in step_batches for pair in batch.skipped),
+                    )
+                )  # fmt: skip
+                self._signal = next((turn.signal for turn in turns if turn.signal is not None), None)
+                if self._signal is not None:
+                    return False
                 progress.epoch, progress.epoch_step = epoch, epoch_step + 1
-                usable = self._usable(step_batches)
-                idle = 0 if usable else idle + 1
+                self._note_unread(turns)
+                some = any(turn.usable for turn in turns)
+                idle = 0 if some else idle + 1
                 if idle > loader.steps_per_epoch:
                     raise UserError(
                         f"Nothing to learn from: {idle} steps in a row, a whole epoch, have no token to predict. "
                         "Either no sample can be read, or the options of the masks hide nothing."
                     )
-                if not usable:
+                if not some:
                     continue
                 read_numbers = self.update(usable)
-                amount += sum(batch.amount for batch in usable)
+                amount += sum(turn.amount for turn in turns)
                 progress.step += 1
-                progress.amount += sum(batch.amount for batch in usable)
+                progress.amount += sum(turn.amount for turn in turns)
                 display.advance(progress.step)
                 ids = tuple(name for batch in usable for name in batch.ids)
                 faults.note(progress.step, ids, self.optimizer_step.outcome)
                 if progress.step % train.log_every == 0 or progress.step == train.max_steps or progress.step == 1:
-                    values = read_numbers()
+                    values = self.processes.mean(read_numbers(), len(usable))
                     now = time.perf_counter()
                     progress.seconds = base + now - started
                     metrics: dict[str, float] = {
@@ -355,19 +394,18 @@ class Loop(ABC, Generic[ModelT]):
             for writer in writers:
                 writer.close()
 
-    def _usable(self, batches: Sequence[Batch]) -> list[Batch]:
-        for batch in batches:
-            self.note_skipped(batch)
-            self._unread.update(name for name, _ in batch.skipped)
+    def _note_unread(self, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            self.note_skipped(turn.skipped)
+            self._unread.update(name for name, _ in turn.skipped)
         if len(self._unread) == self.dataset_size:
             raise UserError(
                 f"None of the {self.dataset_size} samples can be read; the first: {next(iter(self.progress.skipped))}"
             )
-        return [batch for batch in batches if self.usable(batch)]
 
-    def note_skipped(self, batch: Batch) -> None:
-        """Count the samples of a batch that could not be read, and say each of them once."""
-        for name, reason in batch.skipped:
+    def note_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Count samples that could not be read, (id, reason) each, and say each of them once."""
+        for name, reason in skipped:
             if name not in self.progress.skipped:
                 self.progress.skipped[name] = reason
                 self.say(f"[yellow]skipped[/yellow] {escape(f'{name}: {reason}')}")
@@ -379,7 +417,8 @@ class Loop(ABC, Generic[ModelT]):
     def save(self) -> None:
         """Everything that going on takes. Raises UserError where it cannot be written or would be of no use."""
         train, root = self.config.train, self.out / "checkpoints"
-        bad = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        found = self.processes.gather([n for n, p in self.model.named_parameters() if not local(p).isfinite().all()])
+        bad = sorted({name for names in found for name in names})
         if bad:
             raise UserError(
                 f"By step {self.progress.step} weights are not finite ({first(bad, ', ', more='...')}), so no "
@@ -387,39 +426,58 @@ class Loop(ABC, Generic[ModelT]):
                 f"is not. Older checkpoints in {root} are intact."
             )
         state = {
-            "optimizer": self.optimizer_step.optimizer.state_dict(),
+            "optimizer": self.optimizer_step.sharing.optimizer_state(self.optimizer_step.optimizer),
             "scaler": self.optimizer_step.scaler.state_dict(),
             "progress": dataclasses.asdict(self.progress),
             "num_threads": torch.get_num_threads(),
+            "num_processes": self.processes.count,
         }
-        stored = checkpoint.Checkpoint(*self.tensors(), state)
-        try:
-            self.keep()
-            checkpoint.save(root, self.progress.step, stored, train.keep_checkpoints, train.keep_every)
-        except OSError as error:
-            raise UserError(
-                f"The checkpoint of step {self.progress.step} cannot be written to {root}: {error}."
-                " Older checkpoints are intact; make room and go on with resume=auto."
-            ) from error
+        model, teacher = (self.optimizer_step.sharing.whole(tensors) for tensors in self.tensors())
+
+        def write() -> None:
+            try:
+                self.keep()
+                stored = checkpoint.Checkpoint(model, teacher, state)
+                checkpoint.save(root, self.progress.step, stored, train.keep_checkpoints, train.keep_every)
+            except OSError as error:
+                raise UserError(
+                    f"The checkpoint of step {self.progress.step} cannot be written to {root}: {error}."
+                    " Older checkpoints are intact; make room and go on with resume=auto."
+                ) from error
+
+        self.processes.by_first(write)
 
     def restore(self, found: Sequence[Path]) -> Path:
         """Go on, after `build`, from the newest checkpoint that is not damaged, which is returned. Raises UserError
         where all are."""
-        folder, stored = self._newest_whole(found)
+        read: list[checkpoint.Checkpoint] = []
+
+        def newest() -> Path:
+            folder, stored = self._newest_whole(found)
+            read.append(stored)
+            return folder
+
+        folder = self.processes.by_first(newest)  # which may rename those that are damaged
+        contents = self.processes.share((read[0].model, read[0].teacher, read[0].state) if read else ({}, {}, {}))
+        stored = checkpoint.Checkpoint(*contents)
         if "optimizer" not in stored.state:
             raise UserError(
                 f"{folder} is one modality of a joint run, which alone can go on: in {self.out.parent}. Start a new "
                 f"run from these weights with from={self.out} and another out=FOLDER."
             )
         self.load_tensors(stored, str(folder))
-        self.optimizer_step.optimizer.load_state_dict(stored.state["optimizer"])
+        self.optimizer_step.sharing.load_optimizer_state(self.optimizer_step.optimizer, stored.state["optimizer"])
         self.optimizer_step.scaler.load_state_dict(stored.state["scaler"])
         self.progress = Progress(**stored.state["progress"])
-        if stored.state["num_threads"] != torch.get_num_threads():
-            self.say(
-                f"[yellow]note[/yellow] this run used {stored.state['num_threads']} CPU threads, now there are "
-                f"{torch.get_num_threads()}: results will differ in their last bits."
-            )
+        for what, before, now in (
+            ("CPU threads", stored.state["num_threads"], torch.get_num_threads()),
+            ("processes", stored.state.get("num_processes", 1), self.processes.count),
+        ):
+            if before != now:
+                self.say(
+                    f"[yellow]note[/yellow] this run used {before} {what}, now there are {now}: results will differ in "
+                    "their last bits."
+                )
         return folder
 
     def _newest_whole(self, found: Sequence[Path]) -> tuple[Path, checkpoint.Checkpoint]:
@@ -427,7 +485,7 @@ class Loop(ABC, Generic[ModelT]):
         damaged: list[Path] = []
         for folder in reversed(found):
             try:
-                stored = checkpoint.load(folder, self.device)
+                stored = checkpoint.load(folder, self.device if self.processes.count == 1 else None)
             except checkpoint.DamagedCheckpoint as error:
                 if folder == found[0]:
                     raise
@@ -471,7 +529,8 @@ class Loop(ABC, Generic[ModelT]):
 
         before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            with never_stuck(lambda: self._signal is not None):
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

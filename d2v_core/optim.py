@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -11,8 +12,14 @@ from torch import nn
 from d2v_core.config import OptimConfig
 
 
+class Named(Protocol):
+    """A module, or what stands for one."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
 def make_optimizer(
-    model: nn.Module, config: OptimConfig, scale_of: Callable[[str], float] | None = None
+    model: Named, config: OptimConfig, scale_of: Callable[[str], float] | None = None
 ) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients.
 

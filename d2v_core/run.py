@@ -15,6 +15,7 @@ from d2v_core import checkpoint, plugins
 from d2v_core.config import RunConfig, from_dict, read_yaml, run_of
 from d2v_core.contract import FeatureEncoder, Modality
 from d2v_core.data2vec import Data2Vec, Student
+from d2v_core.distributed import local, part_of_whole
 from d2v_core.errors import UserError
 from d2v_core.keyed import seed_of
 from d2v_core.loss import RegressionLoss
@@ -97,7 +98,7 @@ def load_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: s
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            local(tensor).copy_(part_of_whole(state[name], tensor))
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -17,7 +17,9 @@ from d2v_core.jointconfig import JointConfig, from_stored
 # Changing these between the parts of a run changes none of its numbers.
 FREE = {"out", "resume", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
         "train.bad_steps_limit", "train.num_workers", "train.tensorboard", "train.probe", "train.device",
-        "train.compile", "train.num_threads", "train.worker_failures", "train.worker_timeout"}  # fmt: skip
+        "train.compile", "train.num_threads", "train.worker_failures", "train.worker_timeout", "launch.processes",
+        "launch.strategy", "launch.activation_checkpointing", "launch.backend", "launch.timeout",
+        "launch.max_restarts"}  # fmt: skip
 
 
 @dataclass(frozen=True)

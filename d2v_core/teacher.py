@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_core.contract import Part
+from d2v_core.distributed import local, part_of_whole
 
 
 def part_of(name: str, parts: Mapping[str, Part]) -> Part:
@@ -80,13 +81,13 @@ class EMATeacher(nn.Module):
         if applied is not None and applied.device.type == "cpu":
             decay, applied = (decay if applied else 1.0), None
         if self._averaged and decay < 1.0:
-            average, towards = [ours[n].data for n in self._averaged], [theirs[n].data for n in self._averaged]
+            average, towards = ([local(of[n].data) for n in self._averaged] for of in (ours, theirs))
             if applied is None:
                 torch._foreach_lerp_(average, towards, 1.0 - decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             else:
                 _lerp(average, towards, (1.0 - decay) * applied)
         for name in self._copied:
-            ours[name].data.copy_(theirs[name].data)
+            local(ours[name].data).copy_(local(theirs[name].data))
         for ours_buffer, theirs_buffer in zip(self.module.buffers(), student.buffers(), strict=True):
             ours_buffer.copy_(theirs_buffer)
 
@@ -108,7 +109,7 @@ class EMATeacher(nn.Module):
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(f"teacher {name}: stored {tuple(state[name].shape)}, model {tuple(tensor.shape)}")
-            tensor.copy_(state[name])
+            local(tensor).copy_(part_of_whole(state[name], tensor))
 
 
 def _lerp(average: list[Tensor], towards: list[Tensor], weight: Tensor) -> None:

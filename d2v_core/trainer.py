@@ -19,6 +19,7 @@ from d2v_core.batching import StepLoader
 from d2v_core.config import GuardConfig, RunConfig
 from d2v_core.contract import Batch, Modality
 from d2v_core.data2vec import Data2Vec, Student
+from d2v_core.distributed import prepare
 from d2v_core.errors import UserError
 from d2v_core.loop import Loop, OptimizerStep
 from d2v_core.metrics import write_json
@@ -53,22 +54,23 @@ class Updater(OptimizerStep):
     def update(self, step: int, batches: Sequence[Batch], teacher_inputs: Callable[[Batch], Any]) -> StepResult:
         """The update that follows `step` completed ones; the teacher has made its own step when this returns."""
         stds: list[Tensor] = []
-        hidden = torch.zeros((), device=self.device)
+        shares: list[Tensor] = []
 
         def forward(batch: Batch) -> Tensor:
-            nonlocal hidden
             assert batch.masks is not None
             out = self.forward(batch.inputs, batch.masks, teacher_inputs(batch))
             stds.append(torch.stack([out.target_std, out.prediction_std.detach()]))
-            hidden = hidden + batch.masks.hidden.float().mean() / len(batches)
+            shares.append(batch.masks.hidden.float().mean())
             return out.loss_sum
 
         loss, grad_norm = self.step(step, batches, num_scored, forward)
         self.model.update_teacher(
             decay_at(step + 1, self.config.train.max_steps, self.config.teacher), self.outcome.applied
         )
-        target_std, pred_std = torch.stack(stds).mean(0).unbind()
-        return StepResult(loss, target_std, pred_std, grad_norm, hidden)
+        own = len(batches)  # without those that ran for the sake of other processes; 0 of them: means of nothing
+        target_std, pred_std = torch.stack(stds[:own] or [loss.new_zeros(2)]).mean(0).unbind()
+        masked = torch.stack(shares[:own] or [loss.new_zeros(())]).mean()
+        return StepResult(loss, target_std, pred_std, grad_norm, masked)
 
 
 def num_scored(batch: Batch) -> int:
@@ -85,6 +87,7 @@ class Trainer(Loop[Data2Vec]):
         self.model = run.build_model(self.modality)
         if self.config.from_run is not None and fresh:
             self._start_from(Path(self.config.from_run))
+        prepare(self.model, self.config, self.device)
         self.model.to(self.device).train()
         self.updater = self.optimizer_step = Updater(self.model, self.config, self.device)
 
@@ -132,7 +135,8 @@ class Trainer(Loop[Data2Vec]):
 
     def finish(self) -> None:
         progress = self.progress
-        summary = self.summary() | probed(self.modality, self.model.student, self.console)
+        student = self.model.student if self.config.launch.strategy == "ddp" else run.load(self.out).student
+        summary = self.summary() | probed(self.modality, student, self.console)
         write_json(self.out / "summary.json", summary)
         place = escape(str(self.out))
         self.say(

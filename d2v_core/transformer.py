@@ -141,6 +141,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, config.drop_path * i / steps) for i in range(config.num_layers))
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.norm == "pre" else None
         self.layer_drop = config.layer_drop
+        self.coins: torch.Generator | None = None  # where to draw from which blocks run, if not from torch's own stream
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, bias: AttentionBias = None, taps: bool = False
@@ -152,7 +153,7 @@ class Transformer(nn.Module):
         block_outputs: list[Tensor] = []
         for block, attn_mask in zip(self.blocks, masking.masks, strict=True):
             # Drawn on the host: whether a block runs is control flow, and a device would have to be waited for.
-            if self.training and self.layer_drop > 0 and torch.rand(()).item() < self.layer_drop:
+            if self.training and self.layer_drop > 0 and torch.rand((), generator=self.coins).item() < self.layer_drop:
                 continue
             x, ffn = block(x, attn_mask)
             if taps:
