@@ -234,6 +234,15 @@ def test_a_modality_that_is_installed_but_not_in_the_list(d2v: Callable[..., tup
     assert status == 2 and "bowl.data.batch=3: bowl is not in modality=[toy,bell]." in text
 
 
+def test_several_processes_are_refused(
+    d2v: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, text = d2v(*words(tmp_path / "run"))
+    assert status == 2 and "WORLD_SIZE=2: several processes were started, and a joint run is one process's." in text
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("verb", ["plan", "profile"])
 def test_verbs_for_one_modality_say_so(d2v: Callable[..., tuple[int, str]], verb: str) -> None:
     status, text = d2v(verb, "modality=[toy,bell]")
