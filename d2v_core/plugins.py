@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from d2v_core import __version__
 from d2v_core.errors import UserError
@@ -122,7 +122,7 @@ def _load(name: str, group: str, base: str) -> Any:
         raise UserError(
             f"The plugin of {whence} returns {answers!r} from {hook}(); expected a subclass of d2v_core.{base}."
         )
-    called = getattr(cast("type", answers), "name", None)
+    called = getattr(answers, "name", None)
     if called != name:
         raise UserError(
             f"The plugin of {whence} brings {'an' if group == ENCODERS else 'a'} {what} that calls itself {called!r}; "
