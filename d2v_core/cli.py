@@ -25,12 +25,18 @@ HELP = f"""d2v {__version__}: data2vec for any modality
                                              what a step would cost (parameters, FLOPs, memory) and what fits
   d2v profile modality=NAME [key=value ...] [steps=5] [out=FOLDER]
                                              where the time of a few real steps goes, and a trace for a browser
+  d2v data scan modality=NAME data.path=FILES [--json]
+                                             what lies there: how much, which kinds, duplicates, what is broken
+  d2v data shard modality=NAME data.path=FILES out=FOLDER
+                                             write it as tars with an index (WebDataset), to be read as data.path
   d2v modalities                             what is installed, from which distribution; imports none of it
   d2v plugins                                the same with verbs, each loaded to see whether it works
   d2v check NAME                             hold a modality to the contract, promise by promise
   d2v new NAME                               write a modality of your own, as a distribution that works
   d2v --version
 """
+OWN_MODULES = {"check": "testing", "data": "data_verbs", "new": "new"}
+"""Verbs with words of their own, and the module with their `main`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,9 +74,8 @@ def _dispatch(words: list[str]) -> int:
         return _modalities()
     if verb == "plugins":
         return _plugins()
-    if verb in ("check", "new"):
-        module = importlib.import_module("d2v_core.testing" if verb == "check" else "d2v_core.new")
-        return int(module.main(rest))
+    if verb in OWN_MODULES:
+        return int(importlib.import_module(f"d2v_core.{OWN_MODULES[verb]}").main(rest))
     if verb in ("run", "config", "plan", "profile") and {"-h", "--help"} & set(rest):
         print(HELP, end="")
         return 0
@@ -145,7 +150,7 @@ def _trouble(load: Callable[[], Any]) -> str:
 
 def _plugin_command(verb: str, rest: Sequence[str]) -> int:
     """A verb that a plugin brings: `d2v.commands` names a function from arguments to an exit status."""
-    own = ("run", "config", "plan", "profile", "modalities", "plugins", "check", "new")
+    own = ("run", "config", "plan", "profile", "modalities", "plugins", *OWN_MODULES)
     known = [*own, *(p.name for p in plugins.installed(plugins.COMMANDS))]
     if verb not in known:
         import difflib

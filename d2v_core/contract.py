@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from d2v_core.errors import UserError
 from d2v_core.hookspecs import CONTRACT_VERSION as CONTRACT_VERSION
+from d2v_core.sources import Item
 
 if TYPE_CHECKING:
     from d2v_core.config import RunConfig
@@ -239,6 +240,23 @@ class Dataset(ABC, Generic[SampleT]):
 
 
 @dataclass(frozen=True)
+class Inventory:
+    """What lies at data.path, for `d2v data scan` and `d2v data shard`.
+
+    items: what is of use, in the order in which it is read. bad: (id, reason) of what is not. amounts: how much each
+    item holds, in `unit`, such as "s"; total: how much all of them do, in words. notes: what else there is to say.
+    Without `measure`, amounts may be empty.
+    """
+
+    items: Sequence[Item]
+    bad: Sequence[tuple[str, str]]
+    amounts: Sequence[float]
+    unit: str
+    total: str
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class LabelledPart(Generic[SampleT]):
     """Samples and what is to be told of each.
 
@@ -420,6 +438,16 @@ class Modality(ABC, Generic[SampleT]):
         """
         del given
         return None
+
+    @classmethod
+    def inventory(cls, config: RunConfig, measure: bool) -> Inventory:
+        """What lies at data.path, however much of it is broken. Raises UserError where nothing is of use.
+
+        measure: say how long each sample is also where that takes reading it, and make an item of each; without, items
+        may be files of many samples.
+        """
+        del measure
+        raise UserError(f"The modality {config.modality} reads no files that `d2v data` knows.")
 
     @abstractmethod
     def dataset(self, split: str) -> Dataset[SampleT]: ...

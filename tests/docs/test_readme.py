@@ -85,6 +85,9 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: " ".join(value).replace("/", "|"))
 def test_a_command_parses(page: str, words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     verb, rest = words[1], words[2:]
+    if verb == "data":
+        assert rest[0] in ("scan", "shard")
+        verb, rest = "run", [word for word in rest[1:] if not word.startswith("shard_mb=")]
     if verb in ("run", "config", "plan", "profile"):
         rest = [word for word in rest if word != "--json" and not word.startswith("steps=")]
         theirs = YOURS - {"out"} if "resume=auto" in rest else YOURS

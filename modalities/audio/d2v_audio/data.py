@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +15,8 @@ from d2v_audio.feature_encoder import LogMelConfig, LogMelEmbedding, stacked_ban
 from d2v_audio.files import MAX_RATE, BadClip, Clip, ScanReport, read, scan
 from d2v_audio.synthetic import MIN_SAMPLE_RATE, PHONES, SILENCE, SyntheticSpeech, frame_labels
 from d2v_core.config import opt
-from d2v_core.contract import BadSample, Dataset, ProbeTask
+from d2v_core.contract import BadSample, Dataset, Inventory, ProbeTask
+from d2v_core.sources import Item
 
 if TYPE_CHECKING:
     from d2v_audio.modality import AudioModality
@@ -143,6 +144,19 @@ def scan_data(config: AudioConfig, split: str | None, min_samples: int, columns:
         split=split,
         decode_hours={"headers": 0.0, "decode": float("inf"), "auto": VERIFY_HOURS}[config.verify],
         columns=columns,
+    )
+
+
+def inventory(config: AudioConfig) -> Inventory:
+    """Every clip that can be read, of any length. Raises UserError where there is none."""
+    report = scan_data(replace(config, max_bad_ratio=1.0, rate_policy="resample"), config.split, 0)
+    return Inventory(
+        items=[Item(clip.id, clip.source, clip.facts) for clip in report.clips],
+        bad=report.bad,
+        amounts=[clip.num_samples / config.sample_rate for clip in report.clips],
+        unit="s",
+        total=f"{report.hours():.2f} h",
+        notes=report.notes,
     )
 
 

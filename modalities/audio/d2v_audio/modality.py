@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2v_audio.augment import AugmentConfig
 from d2v_audio.classification import LabelledConfig, open_classification
-from d2v_audio.data import AudioConfig, AudioSample, open_dataset, phone_probe
+from d2v_audio.data import AudioConfig, AudioSample, inventory, open_dataset, phone_probe
 from d2v_audio.feature_encoder import (
     AudioEncoder,
     LogMelConfig,
@@ -28,6 +28,7 @@ from d2v_core.config import RunConfig, opt
 from d2v_core.contract import (
     Batching,
     Dataset,
+    Inventory,
     Layout,
     MaskingPolicy,
     Modality,
@@ -113,6 +114,11 @@ class AudioModality(Modality[AudioSample]):
         from d2v_audio.ladder import sequel
 
         return sequel(given)
+
+    @classmethod
+    def inventory(cls, config: RunConfig, measure: bool) -> Inventory:
+        """Headers say how long a sample is."""
+        return inventory(config.section("data", AudioConfig))
 
     def dataset(self, split: str) -> Dataset[AudioSample]:
         return open_dataset(self.data, split, self.config.seed, self.min_samples)

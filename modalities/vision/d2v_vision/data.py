@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2v_core.config import opt
-from d2v_core.contract import BadSample, Dataset, ProbeTask
-from d2v_vision.files import Arrays, BadImage, ScanReport, read, read_records, record_files, scan
+from d2v_core.contract import BadSample, Dataset, Inventory, ProbeTask
+from d2v_core.errors import UserError
+from d2v_core.sources import Item
+from d2v_vision.files import Arrays, BadImage, ScanReport, facts, read, read_records, record_files, scan
 from d2v_vision.synthetic import SHAPES, Split, SyntheticShapes
 
 if TYPE_CHECKING:
@@ -154,6 +156,33 @@ def open_dataset(config: VisionConfig, patch_size: int) -> Dataset[ImageSample]:
         return ImageArrays(read_records(config.path, config.split))
     report = scan(config.path, split=config.split, **scan_options(config, patch_size))
     return ImageFiles(report, config.max_pixels)
+
+
+def inventory(config: VisionConfig) -> Inventory:
+    """Every image file that can be read, of any size. Raises UserError where there is none."""
+    assert config.path is not None
+    if record_files(config.path):
+        raise UserError(
+            f"data.path={config.path}: CIFAR and IDX files hold all their images as one array, which is read whole. "
+            "`d2v data` is for folders of image files, and for tars."
+        )
+    report = scan(config.path, split=config.split, **{**scan_options(config, 1), "max_bad_ratio": 1.0})
+    items: list[Item] = []
+    bad = list(report.bad)
+    for image in report.images:
+        found = facts(image.source) if image.facts is None else image.facts
+        if isinstance(found, str):  # it has changed within the last seconds
+            bad.append((image.id, found))
+        else:
+            items.append(Item(image.id, image.source, found))
+    return Inventory(
+        items=items,
+        bad=bad,
+        amounts=[math.sqrt(int(item.facts["width"]) * int(item.facts["height"])) for item in items],
+        unit="pixels, the root of an image's area",
+        total=f"{len(items)} images",
+        notes=report.notes,
+    )
 
 
 def scan_options(config: VisionConfig, patch_size: int) -> dict[str, Any]:

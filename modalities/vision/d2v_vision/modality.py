@@ -9,7 +9,18 @@ import numpy as np
 from torch import Tensor
 
 from d2v_core.config import RunConfig
-from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask, Task
+from d2v_core.contract import (
+    Batching,
+    Dataset,
+    Inventory,
+    Layout,
+    MaskingPolicy,
+    Modality,
+    Part,
+    Predictor,
+    ProbeTask,
+    Task,
+)
 from d2v_core.data2vec import LinearPredictor
 from d2v_core.decoder import ConvDecoder, DecoderConfig
 from d2v_core.errors import UserError
@@ -17,7 +28,7 @@ from d2v_core.masking import BlockMasking as GridBlockMasking
 from d2v_core.masking import BlockMaskingConfig as GridBlockMaskingConfig
 from d2v_core.transformer import Transformer
 from d2v_core.visible import PrenetConfig
-from d2v_vision.data import ImageSample, VisionConfig, augment, open_dataset, shape_probe, to_tensor
+from d2v_vision.data import ImageSample, VisionConfig, augment, inventory, open_dataset, shape_probe, to_tensor
 from d2v_vision.feature_encoder import (
     IdentityPredictor,
     PatchConfig,
@@ -93,6 +104,11 @@ class VisionModality(Modality[ImageSample]):
     @classmethod
     def recipes(cls) -> Path:
         return Path(__file__).parent / "recipes"
+
+    @classmethod
+    def inventory(cls, config: RunConfig, measure: bool) -> Inventory:
+        """Headers say how long a sample is."""
+        return inventory(config.section("data", VisionConfig))
 
     def dataset(self, split: str) -> Dataset[ImageSample]:
         return open_dataset(self.data, self.patch_size)
