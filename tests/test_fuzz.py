@@ -1,0 +1,30 @@
+"""Damaged files end in a refusal that says why: no crash, no code run, no hang, no memory that the file only claims."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .fuzzing import READERS, fuzz
+
+SHORT, LONG = 200, 10_000
+FEWER = {"config": 40, "index": 100, "checkpoint": 100}  # of those that take longest, where the suite has no time
+
+
+def test_a_few_damaged_files(tmp_path: Path) -> None:
+    _all_fine({reader: FEWER.get(reader, SHORT) for reader in READERS}, tmp_path, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS)
+def test_many_damaged_files(reader: str, tmp_path: Path) -> None:
+    _all_fine({reader: LONG}, tmp_path, 1)
+
+
+def _all_fine(counts: dict[str, int], folder: Path, seed: int) -> None:
+    results = fuzz(counts, folder / "fuzz", seed)
+    assert {reader: result.findings for reader, result in results.items() if result.findings} == {}
+    for reader, result in results.items():
+        assert sum(result.outcomes.values()) == counts[reader] and result.outcomes["refused"] > counts[reader] // 10
+    assert not list(folder.rglob("ran")), "a file has run code"
