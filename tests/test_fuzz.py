@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from .fuzzing import READERS, fuzz
+from d2v_text.files import TokenisedText
+
+from .fuzzing import PICKLE, READERS, _Evil, fuzz
 
 SHORT, LONG = 200, 10_000
 FEWER = {"config": 40, "index": 100, "checkpoint": 100}  # of those that take longest, where the suite has no time
@@ -20,6 +24,22 @@ def test_a_few_damaged_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reader", READERS)
 def test_many_damaged_files(reader: str, tmp_path: Path) -> None:
     _all_fine({reader: LONG}, tmp_path, 1)
+
+
+def test_the_planted_pickle_would_run(own_folder: Path) -> None:
+    pickle.loads(PICKLE)
+    assert (own_folder / "ran").exists()
+
+
+def test_tokenised_text_is_no_place_for_a_pickle(own_folder: Path) -> None:
+    """numpy's own format may hold one."""
+    np.save("sizes.npy", np.array([_Evil()]), allow_pickle=True)
+    text = TokenisedText(own_folder, "uint16", 1, "", 1)
+    for sizes in (Path("sizes.npy").read_bytes(), PICKLE):
+        Path("sizes.npy").write_bytes(sizes)
+        with pytest.raises(ValueError, match=r"pickle|Object arrays"):
+            text.sizes()
+    assert not (own_folder / "ran").exists()
 
 
 def _all_fine(counts: dict[str, int], folder: Path, seed: int) -> None:
