@@ -210,19 +210,23 @@ class Batching:
 
     batch: size of one optimizer step over all processes and accumulation. micro_batch: size of what runs at once.
     max_size: longer samples are cropped to this. crop: True = every sample of a micro-batch is cut to its shortest,
-    False = they are padded to the longest.
+    False = they are padded to the longest. open_shards: None = any order; else `Dataset.shards` are gone through one
+    after the other, so many at a time.
     """
 
     batch: int
     micro_batch: int
     max_size: int
     crop: bool = False
+    open_shards: int | None = None
 
 
 class Dataset(ABC, Generic[SampleT]):
-    """Samples by number. `sizes` is (len,) int64 in the unit of `Batching`; ids are stable names."""
+    """Samples by number. `sizes` is (len,) int64 in the unit of `Batching`; ids are stable names. `shards` is (len,)
+    int64, the number of the tar that each lies in, where they lie in tars."""
 
     sizes: np.ndarray
+    shards: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -16,11 +16,14 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from d2v_core.errors import UserError
 from d2v_core.files import KEY, cache_folder, existing, first
@@ -114,6 +117,14 @@ def read_shards(paths: Sequence[Path], given: str | Path, kind: Kind) -> Shards:
         )
     made = (f"index made from the headers of {len(notes)} tars: {first(notes, ', ')}",) if notes else ()
     return Shards(tuple(paths), tuple(items), tuple(bad), made)
+
+
+def shard_numbers(sources: Sequence[Source]) -> np.ndarray | None:
+    """(N,) int64: which tar each sample lies in, for `Dataset.shards`; None where they are files of their own."""
+    if not sources or any(source.length is None for source in sources):
+        return None
+    paths = {path: number for number, path in enumerate(sorted({source.path for source in sources}))}
+    return np.array([paths[source.path] for source in sources], dtype=np.int64)
 
 
 # ------------------------------------------------------------------------------------------------ which tars
@@ -335,4 +346,5 @@ def _item(row: Any, names: Sequence[str], tar: Path, size: int) -> Item:
         raise ValueError(f"a line has {row!r:.100}")
     if not (isinstance(offset, int) and isinstance(length, int) and 0 <= offset <= offset + length <= size):
         raise ValueError(f"{name!r:.100} lies outside of the tar")
-    return Item(name, Source(tar, offset, length, name), dict(zip(names, values, strict=True)))
+    shared = [sys.intern(value) if isinstance(value, str) else value for value in values]
+    return Item(name, Source(tar, offset, length, name), dict(zip(names, shared, strict=True)))

@@ -15,7 +15,7 @@ AT_ONCE = 1 << 30  # bytes; the system reads no more than 2 GiB in one call
 BUFFER = 1 << 16  # bytes read ahead where not all are asked for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class Source:
     """path: the file. offset, length: of a stretch of it, bytes; a length of None = the whole file. name: what to call
     the stretch."""
@@ -58,7 +58,7 @@ class Source:
 Fact = int | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A sample, or a file of samples, that was looked at. id: a stable name. source: where its bytes lie. facts: what
     its header says, by the modality's own names; with them the plan of an epoch needs none of the bytes."""

@@ -486,7 +486,7 @@ def _read_all(reader: str, folder: Path, seed: int, first: int, last: int) -> No
     refusals = fuzzed.refusals()
     wholes: dict[str, Any] = {}
     for name, data in samples:  # which are read as they are, and warm everything up
-        path = folder / f"0-{name}"
+        path = folder / f"whole-{name}"
         path.write_bytes(data)
         wholes[name] = fuzzed.read(path)
         path.unlink()

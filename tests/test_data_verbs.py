@@ -148,7 +148,7 @@ def test_batches_of_tars_are_those_of_files(make: Make, own_folder: Path, monkey
     assert equal_batches(first_steps(words, tars), from_files)
     assert not equal_batches(from_files[1:], from_files[:-1])
     shutil.rmtree(own_folder / "files")
-    assert equal_batches(first_steps(words, tars, workers=1), from_files)
+    assert equal_batches(first_steps(words, tars, workers=int(make is not sounds)), from_files)
     for index in tars.glob("*.jsonl"):  # as other programs leave tars, but for the list of them
         index.unlink()
     assert equal_batches(first_steps(words, tars), from_files)
@@ -170,6 +170,18 @@ def test_a_run_on_tars_is_the_run_on_files_also_when_it_is_resumed(
     (Path("c") / "summary.json").unlink()
     assert cli.main([*given, "out=c", f"data.path={tars}", "resume=auto"]) == 0
     assert same(weights("a"), weights("c"))
+
+
+@pytest.mark.parametrize("make", [sounds, pictures])
+def test_shard_by_shard(make: Make, own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, tars = sharded(make, own_folder, 20_000, monkeypatch)
+    words += ["data.order=shards", "data.open_shards=1"]
+    batches = first_steps(words, tars)
+    assert equal_batches(first_steps(words, tars, workers=int(make is not sounds)), batches)
+    later = first_steps(words, tars, step=1)  # in the middle of a tar
+    assert equal_batches(later[:2], batches[2:4]) and batches[2].ids != batches[0].ids
+    with pytest.raises(UserError, match=r"data\.order=shards is for tars"):
+        first_steps(words, own_folder / "files")
 
 
 def test_tars_of_other_programs_train(own_folder: Path) -> None:

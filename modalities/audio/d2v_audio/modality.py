@@ -139,7 +139,8 @@ class AudioModality(Modality[AudioSample]):
         data = self.data
         rate = data.sample_rate
         micro = data.micro_batch_s or data.batch_s
-        return Batching(round(data.batch_s * rate), round(micro * rate), round(data.max_s * rate), data.crop)
+        sizes = [round(seconds * rate) for seconds in (data.batch_s, micro, data.max_s)]
+        return Batching(*sizes, data.crop, data.shards_at_once)
 
     def micro_batch_option(self, size: int) -> str:
         return f"data.micro_batch_s={size / self.data.sample_rate:.6g}"

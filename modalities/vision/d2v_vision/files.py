@@ -40,7 +40,7 @@ class BadImage(Exception):
     """An image file that cannot be used; the message is the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class ImageFile:
     """One file that looked usable. id: its path below the data root, with "/". label: its class folder, if any.
     inside: where in the tar `path` it lies. facts: what its header says, where that has been read."""

@@ -114,7 +114,8 @@ class VisionModality(Modality[ImageSample]):
         return open_dataset(self.data, self.patch_size)
 
     def batching(self) -> Batching:
-        return Batching(self.data.batch, self.data.micro_batch or self.data.batch, max_size=1)
+        data = self.data
+        return Batching(data.batch, data.micro_batch or data.batch, max_size=1, open_shards=data.shards_at_once)
 
     def micro_batch_option(self, size: int) -> str:
         return f"data.micro_batch={size}"
