@@ -37,7 +37,7 @@ def test_tokenised_text_is_no_place_for_a_pickle(own_folder: Path) -> None:
     text = TokenisedText(own_folder, "uint16", 1, "", 1)
     for sizes in (Path("sizes.npy").read_bytes(), PICKLE):
         Path("sizes.npy").write_bytes(sizes)
-        with pytest.raises(ValueError, match=r"pickle|Object arrays"):
+        with pytest.raises(ValueError, match=r"pickle|Python objects"):
             text.sizes()
     assert not (own_folder / "ran").exists()
 
@@ -46,5 +46,7 @@ def _all_fine(counts: dict[str, int], folder: Path, seed: int) -> None:
     results = fuzz(counts, folder / "fuzz", seed)
     assert {reader: result.findings for reader, result in results.items() if result.findings} == {}
     for reader, result in results.items():
-        assert sum(result.outcomes.values()) == counts[reader] and result.outcomes["refused"] > counts[reader] // 10
+        assert sum(result.outcomes.values()) == counts[reader]
+        # A damaged line of a text is counted and left out; the rest of it is read.
+        assert result.outcomes["refused"] > counts[reader] // 10 or reader == "text"
     assert not list(folder.rglob("ran")), "a file has run code"
