@@ -131,6 +131,7 @@ def many(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths: list[Path] = []
+        items: list[Item] = []
         for number, start in enumerate(range(0, count, 10_000)):
             tar = folder / f"audio-{number:06d}.tar"
             tar.touch()
@@ -142,8 +143,8 @@ def many(count: int) -> dict[str, float]:
             ]  # fmt: skip
             write_index(index_path(tar), tar.name, tar.stat().st_size, None, "audio", items)
             paths.append(tar)
+        items = []
         index_bytes = sum(path.stat().st_size for path in folder.glob("*.jsonl"))
-        del items
         began = time.process_time()
         assert len(read_shards(paths, folder, SHARDS).items) == count
         read_s = time.process_time() - began

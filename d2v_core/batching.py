@@ -99,11 +99,12 @@ def plan_shards(
         least = filled.index(min(filled))
         streams[least].append(shard)
         filled[least] += int(capped[members[shard]].sum())
+    at_once = batching.open_shards or len(members)
     lanes: list[list[list[int]]] = []
     for stream in streams:
         lane: list[list[int]] = []
-        for start in range(0, len(stream), batching.open_shards):
-            here = np.concatenate([members[shard] for shard in stream[start : start + batching.open_shards]])
+        for start in range(0, len(stream), at_once):
+            here = np.concatenate([members[shard] for shard in stream[start : start + at_once]])
             rng = generator(seed, "order", epoch, stream[start])
             lane += [
                 [int(here[i]) for i in group] for group in _shuffled_groups(capped[here], batching.micro_batch, rng)

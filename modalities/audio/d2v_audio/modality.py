@@ -139,8 +139,8 @@ class AudioModality(Modality[AudioSample]):
         data = self.data
         rate = data.sample_rate
         micro = data.micro_batch_s or data.batch_s
-        sizes = [round(seconds * rate) for seconds in (data.batch_s, micro, data.max_s)]
-        return Batching(*sizes, data.crop, data.shards_at_once)
+        batch, micro_batch, longest = (round(seconds * rate) for seconds in (data.batch_s, micro, data.max_s))
+        return Batching(batch, micro_batch, longest, data.crop, data.shards_at_once)
 
     def micro_batch_option(self, size: int) -> str:
         return f"data.micro_batch_s={size / self.data.sample_rate:.6g}"
