@@ -64,16 +64,82 @@ def plan_epoch(sizes: np.ndarray, batching: Batching, seed: int, epoch: int) -> 
     dealt out to steps of round(batch / micro_batch). A last, incomplete step is dropped unless it is the only one.
     """
     capped = np.minimum(sizes, batching.max_size)
-    rng = generator(seed, "order", epoch)
-    noise = LENGTH_NOISE * min(1.0, MANY / max(len(capped), 1))
-    order = np.argsort(capped * (1.0 + noise * rng.random(len(capped))), kind="stable")[::-1]
-    groups = _groups(order, capped, batching.micro_batch)
-    parts = max(1, round(batching.batch / batching.micro_batch))
-    shuffled = [groups[int(i)] for i in rng.permutation(len(groups))]
+    shuffled = _shuffled_groups(capped, batching.micro_batch, generator(seed, "order", epoch))
+    parts = _num_parts(batching)
     steps = [shuffled[i : i + parts] for i in range(0, len(shuffled), parts)]
     if len(steps) > 1 and len(steps[-1]) < parts:
         steps.pop()
-    pick = min if batching.crop else max
+    return _micro_batches(steps, capped, batching.crop, epoch)
+
+
+def plan_shards(
+    sizes: np.ndarray, shards: np.ndarray, batching: Batching, seed: int, epoch: int
+) -> list[list[MicroBatch]]:
+    """As `plan_epoch`, for data that come shard by shard, `shards` (N,) being the number of the one that each lies in.
+
+    Shards are shuffled and dealt to as many streams as a step has micro-batches, the next one always to the stream with
+    the least so far; micro-batch p of every step comes from stream p. A process that has the micro-batches r, r + n,
+    r + 2n of each step thus reads the shards of its own streams alone. In a stream, `batching.open_shards` are gone
+    through at a time, and their samples put together and shuffled as an epoch's are. The epoch ends with its shortest
+    stream. Like any plan it follows from its arguments, so that a run goes on in the middle of a shard.
+
+    Raises UserError where there are fewer shards than streams.
+    """
+    capped = np.minimum(sizes, batching.max_size)
+    members: dict[int, np.ndarray] = {int(i): np.flatnonzero(shards == i) for i in np.unique(shards)}
+    parts = _num_parts(batching)
+    if len(members) < parts:
+        raise UserError(
+            f"data.order=shards deals tars to the {parts} micro-batches of a step, but there are {len(members)} tars. "
+            "Write smaller tars, take larger micro-batches, or data.order=samples."
+        )
+    order = [list(members)[int(i)] for i in generator(seed, "order of shards", epoch).permutation(len(members))]
+    streams: list[list[int]] = [[] for _ in range(parts)]
+    filled = [0] * parts
+    for shard in order:
+        least = filled.index(min(filled))
+        streams[least].append(shard)
+        filled[least] += int(capped[members[shard]].sum())
+    at_once = batching.open_shards or len(members)
+    lanes: list[list[list[int]]] = []
+    for stream in streams:
+        lane: list[list[int]] = []
+        for start in range(0, len(stream), at_once):
+            here = np.concatenate([members[shard] for shard in stream[start : start + at_once]])
+            rng = generator(seed, "order", epoch, stream[start])
+            lane += [
+                [int(here[i]) for i in group] for group in _shuffled_groups(capped[here], batching.micro_batch, rng)
+            ]
+        lanes.append(lane)
+    return _micro_batches([list(step) for step in zip(*lanes, strict=False)], capped, batching.crop, epoch)
+
+
+def plan_of(dataset: Dataset[Any], batching: Batching, seed: int) -> Plan:
+    """The plan of pre-training on a data set. Raises UserError where one by shards cannot be made."""
+    if batching.open_shards is None:
+        return partial(plan_epoch, dataset.sizes, batching, seed)
+    if dataset.shards is None:
+        raise UserError("data.order=shards is for tars: write them by `d2v data shard`, or leave data.order out.")
+    return partial(plan_shards, dataset.sizes, dataset.shards, batching, seed)
+
+
+def _num_parts(batching: Batching) -> int:
+    """Micro-batches in a step."""
+    return max(1, round(batching.batch / batching.micro_batch))
+
+
+def _shuffled_groups(capped: np.ndarray, limit: int, rng: np.random.Generator) -> list[list[int]]:
+    """Micro-batches of like length, in an order of chance."""
+    noise = LENGTH_NOISE * min(1.0, MANY / max(len(capped), 1))
+    order = np.argsort(capped * (1.0 + noise * rng.random(len(capped))), kind="stable")[::-1]
+    groups = _groups(order, capped, limit)
+    return [groups[int(i)] for i in rng.permutation(len(groups))]
+
+
+def _micro_batches(
+    steps: Sequence[Sequence[Sequence[int]]], capped: np.ndarray, crop: bool, epoch: int
+) -> list[list[MicroBatch]]:
+    pick = min if crop else max
     return [
         [
             MicroBatch(epoch, step, part, len(members), tuple(group), int(pick(capped[i] for i in group)))
@@ -313,7 +379,7 @@ class StepLoader(Steps):
         policy, batching = checked_masking(modality, dataset), modality.batching()
         super().__init__(
             _MicroBatches(modality, dataset, policy, num_copies, seed),
-            partial(plan_epoch, dataset.sizes, batching, seed),
+            plan_of(dataset, batching, seed),
             num_workers=num_workers, epoch=epoch, step=step, pin_memory=pin_memory,
             worker_policy=worker_policy,
         )  # fmt: skip
@@ -353,7 +419,7 @@ class LabelledSteps(Steps):
 
 def _uncropped(modality: Modality[Any], sizes: np.ndarray) -> Batching:
     """Batches of the size of pre-training's, in which each sample keeps its length."""
-    return replace(modality.batching(), max_size=int(sizes.max()), crop=False)
+    return replace(modality.batching(), max_size=int(sizes.max()), crop=False, open_shards=None)
 
 
 def labelled_batches(

@@ -27,15 +27,19 @@ HELP = f"""d2v {__version__}: data2vec for any modality
                                              what a step would cost (parameters, FLOPs, memory) and what fits
   d2v profile modality=NAME [key=value ...] [steps=5] [out=FOLDER]
                                              where the time of a few real steps goes, and a trace for a browser
+  d2v data scan modality=NAME data.path=FILES [--json]
+                                             what lies there: how much, which kinds, duplicates, what is broken
+  d2v data shard modality=NAME data.path=FILES out=FOLDER
+                                             write it as tars with an index (WebDataset), to be read as data.path
   d2v modalities                             what is installed, from which distribution; imports none of it
   d2v plugins                                the same with verbs, each loaded to see whether it works
   d2v check NAME                             hold a modality to the contract, promise by promise
   d2v new NAME                               write a modality of your own, as a distribution that works
   d2v --version
 """
-
-# Verbs that are a module's `main`, imported when the verb is typed.
-OWN_MODULES = {"encode": "d2v_core.features", "check": "d2v_core.testing", "new": "d2v_core.new"}
+OWN_MODULES = {"encode": "d2v_core.features", "check": "d2v_core.testing", "data": "d2v_core.data_verbs",
+               "new": "d2v_core.new"}  # fmt: skip
+"""Verbs with words of their own: the module with their `main`, imported when the verb is typed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

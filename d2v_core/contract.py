@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from d2v_core.errors import UserError
 from d2v_core.hookspecs import CONTRACT_VERSION as CONTRACT_VERSION
+from d2v_core.sources import Item
 
 if TYPE_CHECKING:
     from d2v_core.config import RunConfig
@@ -216,22 +217,26 @@ class Batching:
 
     batch: size of one optimizer step over all processes and accumulation. micro_batch: size of what runs at once.
     max_size: longer samples are cropped to this. crop: True = every sample of a micro-batch is cut to its shortest,
-    False = they are padded to the longest.
+    False = they are padded to the longest. open_shards: None = any order; else `Dataset.shards` are gone through one
+    after the other, so many at a time.
     """
 
     batch: int
     micro_batch: int
     max_size: int
     crop: bool = False
+    open_shards: int | None = None
 
 
 class Dataset(ABC, Generic[SampleT]):
     """Samples by number. `sizes` is (len,) int64 in the unit of `Batching`; ids are unique, stable names.
 
-    left_out: ids of samples that were found and are not in it, and why; nothing unless a sub-class says so.
+    shards: (len,) int64, the number of the tar that each lies in, where they lie in tars. left_out: ids of samples that
+    were found and are not in it, and why; nothing unless a sub-class says so.
     """
 
     sizes: np.ndarray
+    shards: np.ndarray | None = None
     left_out: Mapping[str, str] = MappingProxyType({})
 
     def __len__(self) -> int:
@@ -248,6 +253,23 @@ class Dataset(ABC, Generic[SampleT]):
     @abstractmethod
     def __getitem__(self, index: int) -> SampleT:
         """Read one sample. Raises BadSample with the reason where it cannot be read."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What lies at data.path, for `d2v data scan` and `d2v data shard`.
+
+    items: what is of use, in the order in which it is read. bad: (id, reason) of what is not. amounts: how much each
+    item holds, in `unit`, such as "s"; total: how much all of them do, in words. notes: what else there is to say.
+    Without `measure`, amounts may be empty.
+    """
+
+    items: Sequence[Item]
+    bad: Sequence[tuple[str, str]]
+    amounts: Sequence[float]
+    unit: str
+    total: str
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -512,6 +534,16 @@ class Modality(ABC, Generic[SampleT]):
         """
         del given
         return None
+
+    @classmethod
+    def inventory(cls, config: RunConfig, measure: bool) -> Inventory:
+        """What lies at data.path, however much of it is broken. Raises UserError where nothing is of use.
+
+        measure: say how long each sample is also where that takes reading it, and make an item of each; without, items
+        may be files of many samples.
+        """
+        del measure
+        raise UserError(f"The modality {config.modality} reads no files that `d2v data` knows.")
 
     @abstractmethod
     def dataset(self, split: str) -> Dataset[SampleT]:

@@ -34,6 +34,11 @@ def existing(given: str | Path, expected: str, key: str = KEY) -> Path:
     raise UserError(f"{key}={given} does not exist: there is no {missing!r} in {parent}. {hint}")
 
 
+def cache_folder(name: str) -> Path:
+    """d2v's folder of this name among the user's caches. It need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d2v" / name
+
+
 def subfolder(root: Path, name: str, given: str | Path) -> Path:
     """A folder directly below `root`, which data.path=`given` stands for. Raises UserError naming those there are."""
     there = sorted(child.name for child in root.iterdir() if child.is_dir())

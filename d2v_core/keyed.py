@@ -20,7 +20,8 @@ Key = int | str
 def seed_of(seed: int, purpose: str, *ids: Key) -> int:
     """A 63-bit seed for one purpose, equal on every machine (Python's own `hash` of a string is not)."""
     name = "\x1f".join([str(seed), purpose, *map(str, ids)])
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+    encoded = name.encode("utf-8", "surrogateescape")  # ids are names of files, some of which are no UTF-8
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little") >> 1
 
 
 def generator(seed: int, purpose: str, *ids: Key) -> np.random.Generator:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_core import parts
-from d2v_core.batching import MicroBatch, checked_masking, plan_epoch, read_micro_batch
+from d2v_core.batching import MicroBatch, checked_masking, plan_of, read_micro_batch
 from d2v_core.contract import Batch, Dataset, Modality
 from d2v_core.counting import Counter, Fakes, hollow_model, traceless
 from d2v_core.data2vec import Data2Vec
@@ -270,7 +270,7 @@ def planned_micro_batch(modality: Modality[Any], count: int | None = None) -> Ba
 def _chosen(modality: Modality[Any], dataset: Dataset[Any]) -> tuple[MicroBatch, MicroBatch, int]:
     """The largest and the middle micro-batch of the first epoch, and how many make a step."""
     checked_masking(modality, dataset)
-    steps = plan_epoch(dataset.sizes, modality.batching(), modality.config.seed, 0)
+    steps = plan_of(dataset, modality.batching(), modality.config.seed)(0)
     ranked = sorted((micro for members in steps for micro in members), key=_size)
     return ranked[-1], ranked[len(ranked) // 2], max(len(members) for members in steps)
 

@@ -185,6 +185,14 @@ def test_truncated_mp3_is_seen_at_scan_and_in_read(tmp_path):
         read(Clip(tmp_path / "b.mp3", "b.mp3", 48000, 16000, 1), 16000)
 
 
+def test_an_mp3_that_lacks_its_last_bytes(tmp_path):
+    """mpg123 takes a hundredth less without a word, and libsndfile gives silence in its place."""
+    whole = write(tmp_path / "a.mp3", tone(3.0)).read_bytes()
+    for lost in (1, 10, len(whole) // 200):
+        (tmp_path / "a.mp3").write_bytes(whole[:-lost])
+        assert reason(tmp_path / "a.mp3").startswith("truncated: ")
+
+
 def test_mp3_without_length_tag_is_refused(tmp_path):
     whole = write(tmp_path / "a.mp3", tone(3.0)).read_bytes()
     (tmp_path / "a.mp3").write_bytes(whole[whole.find(whole[:2], 200) :])  # the tag is a frame of its own

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_core.batching import LENGTH_NOISE, StepLoader, plan_epoch
+from d2v_core.batching import LENGTH_NOISE, StepLoader, plan_epoch, plan_shards
 from d2v_core.contract import Batch, Batching
 from d2v_core.errors import UserError
 
@@ -177,3 +177,56 @@ def test_errors(make):
     none = make("data.micro_batch=0")
     with pytest.raises(UserError, match=r"The batch must hold something.*micro_batch=0"):
         StepLoader(none, none.dataset("train"), seed=0)
+
+
+# ------------------------------------------------------------------------------------------------------ shard by shard
+
+SHARDS = np.arange(len(SIZES)) * 40 // len(SIZES)
+BY_SHARD = replace(BATCHING, open_shards=2)
+
+
+def test_shards_are_dealt_to_the_micro_batches_of_a_step() -> None:
+    """No shard is read for two places of a step, so none by two processes that have places r, r + n of each."""
+    plan = plan_shards(SIZES, SHARDS, BY_SHARD, 0, 0)
+    parts = len(plan[0])
+    assert parts > 1 and all(len(step) == parts for step in plan) and len(plan) > 3
+    owners: dict[int, set[int]] = {}
+    for step in plan:
+        for micro in step:
+            for i in micro.indices:
+                owners.setdefault(int(SHARDS[i]), set()).add(micro.part)
+    assert all(len(places) == 1 for places in owners.values())
+    seen = [i for group in groups_of(plan) for i in group]
+    assert len(seen) == len(set(seen)) > 0.75 * len(SIZES)
+
+
+def test_shards_are_gone_through_a_few_at_a_time() -> None:
+    """A stream comes back to no shard that it has left behind, and never has more than two open."""
+    plan = plan_shards(SIZES, SHARDS, BY_SHARD, 0, 0)
+    for part in range(len(plan[0])):
+        windows = [frozenset(int(SHARDS[i]) for i in step[part].indices) for step in plan]
+        assert all(len(shards) <= 2 for shards in windows)
+        first, last = dict[int, int](), dict[int, int]()
+        for at, shards in enumerate(windows):
+            for shard in shards:
+                first.setdefault(shard, at)
+                last[shard] = at
+        opened = sorted(first, key=lambda shard: first[shard])
+        for earlier, later in zip(opened, opened[2:], strict=False):
+            assert last[earlier] < first[later] or first[earlier] == first[later]
+
+
+def test_a_plan_by_shards_follows_from_its_arguments() -> None:
+    a = plan_shards(SIZES, SHARDS, BY_SHARD, 1, 3)
+    assert a == plan_shards(SIZES, SHARDS, BY_SHARD, 1, 3)
+    for other in (plan_shards(SIZES, SHARDS, BY_SHARD, 1, 4), plan_shards(SIZES, SHARDS, BY_SHARD, 2, 3)):
+        assert groups_of(a) != groups_of(other)
+    everything: set[int] = set()
+    for epoch in range(8):
+        everything |= {i for group in groups_of(plan_shards(SIZES, SHARDS, BY_SHARD, 0, epoch)) for i in group}
+    assert len(everything) == len(SIZES), "what one epoch leaves over, another has"
+
+
+def test_too_few_shards() -> None:
+    with pytest.raises(UserError, match=r"deals tars to the .* but there are 1 tars"):
+        plan_shards(SIZES, np.zeros(len(SIZES), dtype=np.int64), BY_SHARD, 0, 0)

@@ -53,3 +53,8 @@ def test_drawing_from_one_does_not_move_another():
     a = generator(0, "a").random(3)
     generator(0, "b").random(1000)
     assert np.array_equal(generator(0, "a").random(3), a)
+
+
+def test_a_name_that_is_no_utf8():
+    """Files have such names, and Python gives them these letters."""
+    assert seed_of(0, "mask", 1, "a\udcff.wav") != seed_of(0, "mask", 1, "a\udcfe.wav")

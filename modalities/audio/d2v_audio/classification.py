@@ -22,6 +22,7 @@ from d2v_core.contract import Dataset, LabelledPart, Task
 from d2v_core.errors import UserError
 from d2v_core.keyed import generator
 from d2v_core.labelled import DEV_SEED
+from d2v_core.shards import refuse_shards
 
 if TYPE_CHECKING:
     from d2v_audio.modality import AudioModality
@@ -135,6 +136,7 @@ def open_classification(modality: AudioModality) -> Task[AudioSample]:
     refuse_split(data)
     if data.path is None:
         return _first_words(modality, config)
+    refuse_shards(data.path)
     least = max(modality.two_tokens(), round(config.min_s * data.sample_rate))
     table = data.path.lower().endswith(".tsv") and Path(data.path).expanduser().is_file()
     columns = _columns(data.path, config) if table else ()

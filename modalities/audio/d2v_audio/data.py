@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +15,9 @@ from d2v_audio.feature_encoder import LogMelConfig, LogMelEmbedding, stacked_ban
 from d2v_audio.files import MAX_RATE, BadClip, Clip, ScanReport, read, scan
 from d2v_audio.synthetic import MIN_SAMPLE_RATE, PHONES, SILENCE, SyntheticSpeech, frame_labels
 from d2v_core.config import opt
-from d2v_core.contract import BadSample, Dataset, ProbeTask
+from d2v_core.contract import BadSample, Dataset, Inventory, ProbeTask
+from d2v_core.shards import shard_numbers
+from d2v_core.sources import Item
 
 if TYPE_CHECKING:
     from d2v_audio.modality import AudioModality
@@ -41,11 +43,23 @@ class AudioConfig:
     verify: Literal["auto", "headers", "decode"] = opt(
         "auto", "Before training read headers only, or decode every file; auto decodes up to 20 hours."
     )
+    order: Literal["samples", "shards"] = opt(
+        "samples",
+        "samples = any order; shards = tars one after the other, for storage that is slow to go to and fro in.",
+    )
+    open_shards: int = opt(4, "Tars that are mixed at a time by order=shards, for each micro-batch of a step.")
     max_bad_ratio: float = opt(0.01, "Larger share of unreadable files stops the run before training.")
     synthetic_clips: int = opt(1500, "Utterances of the built-in corpus; 1500 are about 48 minutes.")
 
+    @property
+    def shards_at_once(self) -> int | None:
+        """As `Batching` takes it."""
+        return self.open_shards if self.order == "shards" else None
+
     def check(self) -> None:
         """Raises ValueError."""
+        if self.open_shards < 1:
+            raise ValueError(f"data.open_shards={self.open_shards} must be at least 1")
         for key in ("sample_rate", "max_s", "batch_s", "synthetic_clips"):
             if not 0 < getattr(self, key) < float("inf"):
                 raise ValueError(f"data.{key}={getattr(self, key)} must be above 0")
@@ -87,6 +101,7 @@ class AudioFiles(Dataset[AudioSample]):
         self.clips: Sequence[Clip] = report.clips
         self.left_out = report.left_out
         self.sizes = np.array([clip.num_samples for clip in self.clips], dtype=np.int64)
+        self.shards = shard_numbers([clip.source for clip in self.clips])
 
     def id(self, index: int) -> str:
         return self.clips[index].id
@@ -144,6 +159,19 @@ def scan_data(config: AudioConfig, split: str | None, min_samples: int, columns:
         split=split,
         decode_hours={"headers": 0.0, "decode": float("inf"), "auto": VERIFY_HOURS}[config.verify],
         columns=columns,
+    )
+
+
+def inventory(config: AudioConfig) -> Inventory:
+    """Every clip that can be read, of any length. Raises UserError where there is none."""
+    report = scan_data(replace(config, max_bad_ratio=1.0, rate_policy="resample"), config.split, 0)
+    return Inventory(
+        items=[Item(clip.id, clip.source, clip.facts) for clip in report.clips],
+        bad=report.bad,
+        amounts=[clip.num_samples / config.sample_rate for clip in report.clips],
+        unit="s",
+        total=f"{report.hours():.2f} h",
+        notes=report.notes,
     )
 
 

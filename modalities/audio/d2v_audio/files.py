@@ -23,6 +23,8 @@ import soundfile
 
 from d2v_core.errors import UserError
 from d2v_core.files import check_bad_files, existing, first, kind, none_found, subfolder, walk
+from d2v_core.shards import Kind, find_shards, read_shards
+from d2v_core.sources import Fact, Source
 
 AUDIO_EXTENSIONS = (".aif", ".aifc", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # in either case
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; outside, a header is damaged or a config is in kHz
@@ -36,11 +38,11 @@ class BadClip(Exception):
     """An audio file that cannot be trusted; when `read` raises it, the message names the file and the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class Clip:
     """One usable audio file."""
 
-    path: Path  # absolute
+    path: Path  # absolute; of a clip in a tar, the tar's
     id: str  # path below the data root, "/" between its parts; unique in a scan
     num_samples: int  # per channel at the target rate: ceil(frames * target / source)
     source_rate: int  # Hz in the file
@@ -48,6 +50,13 @@ class Clip:
     transcript: str | None = None
     speaker: str | None = None
     cells: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)  # of the columns asked for
+    inside: Source | None = None  # where in the tar it lies
+    facts: Mapping[str, Fact] = field(default_factory=dict[str, Fact], compare=False)  # what its header says
+
+    @property
+    def source(self) -> Source:
+        """Where its bytes are."""
+        return self.inside or Source(self.path)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class ScanReport:
     resampled: int  # clips whose rate differs from the target
     sample_rate: int = 16000
     min_s: float = 0.0
+    notes: tuple[str, ...] = ()  # what else there is to say of the files
 
     @property
     def too_short(self) -> int:
@@ -83,7 +93,8 @@ class ScanReport:
         if self.resampled:
             rates = Counter(clip.source_rate for clip in self.clips if clip.source_rate != self.sample_rate)
             text += f"; {self.resampled} resampled ({', '.join(f'{n} from {r} Hz' for r, n in sorted(rates.items()))})"
-        return text + (f"\n{len(self.bad)} unreadable: {first(_named(self.bad), '; ')}" if self.bad else "")
+        text += f"\n{len(self.bad)} unreadable: {first(_named(self.bad), '; ')}" if self.bad else ""
+        return "\n".join([text, *self.notes])
 
 
 def scan(
@@ -98,16 +109,17 @@ def scan(
     num_threads: int = 4,
     columns: Sequence[str] = (),
 ) -> ScanReport:
-    """List the usable clips of a folder, a table or a single audio file.
+    """List the usable clips of a folder, a table, a single audio file or tars.
 
     Args:
         path: a folder, searched with its sub-folders; a .tsv file, either a fairseq manifest or with a header line
-            that has a column `file`; or one audio file.
+            that has a column `file`; one audio file; or tars, as `d2v_core.shards.find_shards` takes them.
         sample_rate: Hz that clips will be read at.
         min_s: seconds; shorter clips are dropped and counted.
         rate_policy: "refuse" stops at a file of another rate.
         max_bad_ratio: share of unreadable files, in [0, 1], above which the scan stops.
-        split: value to keep in a table's column `split`; for a folder, the sub-folder to search.
+        split: value to keep in a table's column `split`; for a folder, the sub-folder to search; for tars, what ids
+            begin with.
         decode_hours: where all clips together are no longer than this, each is decoded as well, which finds what
             headers cannot tell: a truncated FLAC, samples that are no numbers.
         columns: of a table, which must have them; their cells are kept in `Clip.cells`. The column of the files may
@@ -117,12 +129,17 @@ def scan(
     """
     if not MIN_RATE <= sample_rate <= MAX_RATE:
         raise UserError(f"data.sample_rate={sample_rate}: expected {MIN_RATE} to {MAX_RATE} Hz, such as 16000.")
-    entries = sorted(_entries(path, split, columns), key=lambda entry: entry.id)
+    tars = find_shards(path)
+    if tars is None:
+        entries, unread, notes = _entries(path, split, columns), [], ()
+    else:
+        entries, unread, notes = _in_tars(tars, path, split)
+    entries = sorted(entries, key=lambda entry: entry.id)
     with ThreadPoolExecutor(num_threads) as pool:
         probed = list(pool.map(lambda entry: _probe(entry, sample_rate), entries))
 
     clips: list[Clip] = []
-    bad: list[tuple[str, str]] = []
+    bad: list[tuple[str, str]] = list(unread)
     for entry, result in zip(entries, probed, strict=True):
         if isinstance(result, BadClip):  # ask again, alone: libsndfile keeps the error of a failed open in a global
             result = _probe(entry, sample_rate)
@@ -141,13 +158,14 @@ def scan(
         clips = [clip for clip in clips if clip.id not in damaged]
         long = tuple(clip for clip in long if clip.id not in damaged)
     other = [clip for clip in long if clip.source_rate != sample_rate]
+    total = len(entries) + len(unread)
     short = tuple(clip.id for clip in clips if clip.num_samples < shortest)
-    report = ScanReport(long, short, tuple(bad), len(other), sample_rate, min_s)
+    report = ScanReport(long, short, tuple(sorted(bad)), len(other), sample_rate, min_s, notes)
 
-    check_bad_files(_named(bad), len(entries), max_bad_ratio, "audio files", path)
+    check_bad_files(_named(report.bad), total, max_bad_ratio, "audio files", path)
     if not long:
         raise UserError(
-            f"data.path={path}: none of {len(entries)} audio files is usable, {report.too_short} are shorter than "
+            f"data.path={path}: none of {total} audio files is usable, {report.too_short} are shorter than "
             f"data.min_s={min_s:g} s and {len(bad)} unreadable. Lower data.min_s or give longer files."
         )
     if other and rate_policy == "refuse":
@@ -170,7 +188,7 @@ def read(clip: Clip, sample_rate: int) -> np.ndarray:
         BadClip: damaged, changed since the scan, or not finite.
     """
     try:
-        with _opened(clip.path, whole=True) as file:
+        with _opened(clip.source, whole=True) as file:
             length = _length(file.frames, file.samplerate, sample_rate)
             if (file.samplerate, length) != (clip.source_rate, clip.num_samples):
                 raise BadClip(f"changed since the scan, or scanned for another rate than {sample_rate} Hz")
@@ -182,7 +200,7 @@ def read(clip: Clip, sample_rate: int) -> np.ndarray:
             x = _finite(_fit(_resample(x, clip.source_rate, sample_rate), length))
         return x
     except BadClip as error:
-        raise BadClip(f"{clip.path}: {error}") from None
+        raise BadClip(f"{clip.source}: {error}") from None
 
 
 def _problem(clip: Clip, sample_rate: int) -> str:
@@ -190,14 +208,14 @@ def _problem(clip: Clip, sample_rate: int) -> str:
     try:
         read(clip, sample_rate)
     except BadClip as error:
-        return str(error).removeprefix(f"{clip.path}: ")
+        return str(error).removeprefix(f"{clip.source}: ")
     return ""
 
 
 # ------------------------------------------------------------------------------------------ which files there are
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Entry:
     """A file to look at, and what the folder or the table says about it."""
 
@@ -207,6 +225,38 @@ class _Entry:
     speaker: str | None = None
     frames: int | None = None  # length in samples of the file, as a manifest lists it
     cells: Mapping[str, str] = field(default_factory=dict[str, str])
+    inside: Source | None = None  # of a file in a tar
+    facts: Mapping[str, Fact] | None = None  # what its header says, where it has been looked at
+
+    @property
+    def source(self) -> Source:
+        return self.inside or Source(self.path)
+
+
+def _in_tars(
+    tars: Sequence[Path], given: str | Path, split: str | None
+) -> tuple[list[_Entry], list[tuple[str, str]], tuple[str, ...]]:
+    """(entries, (id, reason) of what cannot be read, notes)."""
+    found = read_shards(tars, given, SHARDS)
+    wanted = [item for item in found.items if split is None or item.id.startswith(f"{split}/")]
+    if not wanted:
+        raise UserError(f"data.path={given} has no sample below {split!r}; the first is {found.items[0].id}.")
+    entries = [_Entry(i.id, i.source.path, inside=i.source, facts=i.facts) for i in wanted]
+    return entries, list(found.bad), found.notes
+
+
+def facts(source: Source) -> dict[str, Fact] | str:
+    """What a header says: frames (samples per channel), rate (Hz), channels, format; or why the file is of no use."""
+    try:
+        with _opened(source) as file:
+            return {
+                "frames": file.frames, "rate": file.samplerate, "channels": file.channels, "format": file.format
+            }  # fmt: skip
+    except BadClip as error:
+        return str(error)
+
+
+SHARDS = Kind("audio", AUDIO_EXTENSIONS, facts)
 
 
 def _entries(given: str | Path, split: str | None, columns: Sequence[str] = ()) -> list[_Entry]:
@@ -337,35 +387,41 @@ def _lines(path: Path) -> list[str]:
 
 def _probe(entry: _Entry, sample_rate: int) -> Clip | BadClip:
     """The clip that a header describes, or why there is none."""
-    try:
-        with _opened(entry.path) as file:
-            frames, rate, channels = file.frames, file.samplerate, file.channels
-    except BadClip as error:
-        return error
+    found = facts(entry.source) if entry.facts is None else entry.facts
+    if isinstance(found, str):
+        return BadClip(found)
+    frames, rate, channels = int(found["frames"]), int(found["rate"]), int(found["channels"])
     ratio = max(rate, sample_rate) // math.gcd(rate, sample_rate)
     if not MIN_RATE <= rate <= MAX_RATE or ratio > MAX_RATIO:
         return BadClip(f"its rate of {rate} Hz cannot be resampled to {sample_rate} Hz: convert it to a usual rate")
     if entry.frames is not None and entry.frames != frames:
         return BadClip(f"the manifest lists {entry.frames} samples, the file has {frames}")
     length = _length(frames, rate, sample_rate)
-    return Clip(entry.path, entry.id, length, rate, channels, entry.transcript, entry.speaker, entry.cells)
+    return Clip(
+        entry.path, entry.id, length, rate, channels, entry.transcript, entry.speaker, entry.cells, entry.inside, found
+    )
 
 
 @contextmanager
-def _opened(path: Path, whole: bool = False) -> Iterator[soundfile.SoundFile]:
+def _opened(source: Source, whole: bool = False) -> Iterator[soundfile.SoundFile]:
     """An open file that has all the bytes its header promises. What goes wrong, also while in use, becomes BadClip.
 
     With `whole`, checksums that libsndfile does not insist on are compared throughout; else only where it is cheap.
     """
     try:
-        if not path.is_file():  # neither may it be a pipe, which would block
+        if not source.path.is_file():  # neither may it be a pipe, which would block
             raise BadClip("no such file")
-        with path.open("rb") as raw:
-            size = os.fstat(raw.fileno()).st_size
+        inside = source.length is not None
+        with source.open(whole) as raw:
+            size = raw.seek(0, os.SEEK_END)
+            raw.seek(0)
             if size == 0:
                 raise BadClip("the file is empty (0 bytes)")
             try:
-                file = soundfile.SoundFile(os.fsencode(path))  # pyright: ignore[reportArgumentType]
+                # By its path, where it has one, libsndfile reads it without Python in between.
+                file = soundfile.SoundFile(
+                    _Stream(source.open(whole)) if inside else os.fsencode(source.path)  # pyright: ignore[reportArgumentType]
+                )
             except soundfile.LibsndfileError as error:
                 why = error.error_string or "format not recognised"
                 start = raw.read(24)
@@ -388,6 +444,30 @@ def _opened(path: Path, whole: bool = False) -> Iterator[soundfile.SoundFile]:
         raise BadClip(f"damaged: {error.error_string}") from None
     except OSError as error:
         raise BadClip(f"cannot be read: {error.strerror or error}") from None
+
+
+class _Stream:
+    """A stream for libsndfile, which calls it where an error would be printed and go no further: a place or a read that
+    cannot be is one that gives nothing."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        self.tell = raw.tell
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> None:
+        try:
+            self.raw.seek(offset, whence)
+        except (OSError, ValueError):
+            self.raw.seek(0, os.SEEK_END)
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            return self.raw.readinto(buffer)  # pyright: ignore
+        except OSError:
+            return 0
+
+    def write(self, data: bytes) -> int:
+        return 0  # libsndfile asks for it, and calls it for files that it writes only
 
 
 def _check_chunks(raw: BinaryIO, size: int, frames: int) -> None:
@@ -462,7 +542,7 @@ def _check_mp3(raw: BinaryIO, size: int) -> None:
     flags = frame[at + 7] if at >= 0 else 0  # bit 0: a 4-byte count of frames follows; bit 1: a count of bytes
     field = at + 8 + 4 * (flags & 1)
     promised = int.from_bytes(frame[field : field + 4], "big") if flags & 2 else 0
-    if size - start < 0.99 * promised:  # mpg123's tolerance
+    if size - start < promised:  # mpg123 lets a hundredth be missing, and what is lost there would become silence
         raise BadClip(f"truncated: {promised} bytes promised, {size - start} present")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2v_audio.augment import AugmentConfig
 from d2v_audio.classification import LabelledConfig, open_classification
-from d2v_audio.data import AudioConfig, AudioSample, normalise, open_dataset, phone_probe
+from d2v_audio.data import AudioConfig, AudioSample, inventory, normalise, open_dataset, phone_probe
 from d2v_audio.feature_encoder import (
     AudioEncoder,
     LogMelConfig,
@@ -31,6 +31,7 @@ from d2v_core.config import RunConfig, opt
 from d2v_core.contract import (
     Batching,
     Dataset,
+    Inventory,
     Layout,
     MaskingPolicy,
     Modality,
@@ -138,6 +139,11 @@ class AudioModality(Modality[AudioSample]):
 
         return sequel(given)
 
+    @classmethod
+    def inventory(cls, config: RunConfig, measure: bool) -> Inventory:
+        """Headers say how long a sample is."""
+        return inventory(config.section("data", AudioConfig))
+
     def dataset(self, split: str) -> Dataset[AudioSample]:
         return open_dataset(self.data, split, self.config.seed, self.min_samples)
 
@@ -176,7 +182,8 @@ class AudioModality(Modality[AudioSample]):
         data = self.data
         rate = data.sample_rate
         micro = data.micro_batch_s or data.batch_s
-        return Batching(round(data.batch_s * rate), round(micro * rate), round(data.max_s * rate), data.crop)
+        batch, micro_batch, longest = (round(seconds * rate) for seconds in (data.batch_s, micro, data.max_s))
+        return Batching(batch, micro_batch, longest, data.crop, data.shards_at_once)
 
     def micro_batch_option(self, size: int) -> str:
         return f"data.micro_batch_s={size / self.data.sample_rate:.6g}"

@@ -28,6 +28,7 @@ from d2v_core.errors import UserError
 from d2v_core.files import existing, first
 from d2v_core.keyed import generator
 from d2v_core.labelled import ids
+from d2v_core.shards import refuse_shards
 
 if TYPE_CHECKING:
     from d2v_audio.modality import AudioModality
@@ -122,6 +123,7 @@ def open_transcription(modality: AudioModality) -> Task[AudioSample]:
     refuse_split(data)
     if data.path is None:
         return _built_in(modality, labelled, config)
+    refuse_shards(data.path)
     least = max(modality.two_tokens(), round(labelled.min_s * data.sample_rate))
     found = read_transcribed(data, config, labelled.split_column, least)
     for name, path in (("dev", config.dev_path), ("test", config.test_path)):

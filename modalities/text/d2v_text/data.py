@@ -16,7 +16,7 @@ from d2v_core.config import opt
 from d2v_core.contract import Dataset, ProbeTask
 from d2v_core.errors import UserError
 from d2v_text import grammar
-from d2v_text.files import Reader, TokenisedText, block_ids, blocks, find_files
+from d2v_text.files import Reader, TokenisedText, block_ids, blocks, find_texts
 from d2v_text.tokenizer import BOS, BPE, EOS, PAD
 
 
@@ -98,18 +98,21 @@ class Lines(Dataset[Sample]):
 
     def __init__(self, config: TextConfig, tokenizer: BPE, max_tokens: int) -> None:
         assert config.path is not None
-        files, root = find_files(config.path), Path(config.path).expanduser().resolve()
+        texts, root = find_texts(config.path, 1.0), Path(config.path).expanduser().resolve()
         reader = Reader(config.key, every={})
         self.names: list[str] = []
         self.ids: list[np.ndarray] = []
-        self.num_cut, self.num_files = 0, len(files)
+        self.num_cut, self.num_files = 0, len(texts.sources)
 
         def name(file: Path, number: int) -> str:
-            return f"{file.name if file == root else file.relative_to(root).as_posix()}:{number}"
+            if file == root:
+                return f"{file.name}:{number}"
+            return f"{(file.relative_to(root) if file.is_relative_to(root) else file).as_posix()}:{number}"
 
-        for file in files:
-            for number, texts in reader.numbered(file):
-                text = " ".join(filter(None, texts))
+        for source in texts.sources:
+            file = Path(source.name or source.path)
+            for number, pieces in reader.numbered(source):
+                text = " ".join(filter(None, pieces))
                 if not text or (self.names and self.names[-1] == name(file, number)):  # the rest of an endless line
                     continue
                 (ids,) = tokenizer.encode([text])
@@ -117,7 +120,9 @@ class Lines(Dataset[Sample]):
                 self.names.append(name(file, number))
                 self.ids.append(np.array([BOS, *ids[: max_tokens - 2], EOS], dtype=np.int32))
         if not self.ids:
-            raise UserError(f"data.path={config.path}: no text in {len(files)} files. {reader.summary()}".rstrip(". "))
+            raise UserError(
+                f"data.path={config.path}: no text in {self.num_files} files. {reader.summary()}".rstrip(". ")
+            )
         self.max_tokens = max_tokens
         self.sizes = np.array([len(ids) for ids in self.ids], dtype=np.int64)
         self.left_out = {name(*place): reason for place, reason in (reader.every or {}).items()}

@@ -9,20 +9,22 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from d2v_core.contract import Inventory
 from d2v_core.errors import UserError
-from d2v_core.files import check_bad_ratio, existing
+from d2v_core.files import cache_folder, check_bad_files, check_bad_ratio, existing, first
+from d2v_core.shards import Kind, find_shards, read_shards
+from d2v_core.sources import Item, Source
 from d2v_text.tokenizer import BOS, BPE, EOS
 
 TEXT_EXTENSIONS = (".raw", ".text", ".tokens", ".txt")
@@ -52,6 +54,105 @@ def find_files(given: str | Path, key: str = "data.path") -> list[Path]:
     return found
 
 
+SHARDS = Kind("text", TEXT_EXTENSIONS + RECORD_EXTENSIONS, lambda source: {})
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What data.path stands for. sources: in the order in which they are read. files: what lies on the disk."""
+
+    sources: list[Source]
+    files: list[Path]
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_texts(given: str, max_bad_ratio: float) -> Texts:
+    """Files, or what lies in tars. Raises UserError."""
+    tars = find_shards(given)
+    if tars is None:
+        files = find_files(given)
+        return Texts([Source(file) for file in files], files)
+    found = read_shards(tars, given, SHARDS)
+    named = [f"{name} ({reason})" for name, reason in found.bad]
+    check_bad_files(named, len(found.items) + len(named), max_bad_ratio, "texts", given)
+    left_out = [f"{len(named)} texts left out: {first(named, '; ')}"] if named else []
+    return Texts([item.source for item in found.items], tars, list(found.bad), [*found.notes, *left_out])
+
+
+PART_BYTES = 1 << 20  # of the parts in which `d2v data shard` writes a text, the document that is begun included
+
+
+def inventory(given: str, key: str, measure: bool, tokenizer: BPE | None) -> Inventory:
+    """Parts of whole documents, about a megabyte each; where they are measured, documents. Raises UserError."""
+    texts = find_texts(given, 1.0)
+    root = existing(given, "text") if find_shards(given) is None else None
+    if root is None and not measure:
+        items = [Item(source.name, source, {}) for source in texts.sources]
+    else:
+        items = [item for source in texts.sources for item in _parts(source, root, 0 if measure else PART_BYTES)]
+    if not items:
+        raise UserError(f"data.path={given}: no text in {len(texts.files)} files.")
+    if not measure:
+        size = sum(item.source.size for item in items)
+        return Inventory(items, texts.bad, (), "bytes", f"{size / 1e6:.1f} MB of text", texts.notes)
+    unit, amounts, bad = "words" if tokenizer is None else "tokens", list[float](), list(texts.bad)
+    kept: list[Item] = []
+    for item in items:
+        reader = Reader(key)
+        lines = [line for line in reader.lines(item.source) if line]
+        if reader.num_bad:
+            bad.append((item.id, reader.bad[0].partition(": ")[2]))
+        if lines:
+            kept.append(item)
+            encoded = [line.split() for line in lines] if tokenizer is None else tokenizer.encode(lines)
+            amounts.append(sum(map(len, encoded)))
+    return Inventory(kept, bad, amounts, unit, f"{len(kept)} documents, {sum(amounts):.0f} {unit}", texts.notes)
+
+
+def _parts(source: Source, root: Path | None, least: int) -> Iterator[Item]:
+    """A file cut where documents end, in parts of `least` bytes or a little more. Read one after the other they are the
+    file: behind an empty line, and in records behind any line. Their ids are below the file's name."""
+    name, suffix = source.name or source.path.name, Path(source.name or source.path).suffix.lower()
+    if root is not None and root.is_dir():
+        name = source.path.relative_to(root).as_posix()
+    start, number = source.offset, 0
+    end = source.offset + source.size
+    with source.open() as file:
+        while start < end:
+            file.seek(min(start - source.offset + max(least - 1, 0), end - source.offset))
+            if least:
+                _any_in_line(file)  # the rest of the line that this place lies in
+            found = least > 0
+            while (something := _any_in_line(file)) is not None:
+                found = found or something
+                if found and (suffix in RECORD_EXTENSIONS or (not something and not _marked(file))):
+                    break
+            stop = source.offset + file.tell()
+            label = f"{name}/{number:05d}{suffix}"
+            if found:
+                yield Item(label, Source(source.path, start, stop - start, label), {})
+            start, number = stop, number + 1
+
+
+def _any_in_line(file: BinaryIO) -> bool | None:
+    """Whether the next line holds anything, None where there is none. Memory is bounded whatever its length."""
+    found = None
+    while piece := file.readline(LONGEST_PIECE):
+        found = bool(found) or bool(piece.strip())
+        if piece.endswith(b"\n"):
+            break
+    return found
+
+
+def _marked(file: BinaryIO) -> bool:
+    """Whether a mark of byte order comes next, which would be read another way at the beginning of a part."""
+    place = file.tell()
+    marked = file.read(3) == b"\xef\xbb\xbf"
+    file.seek(place)
+    return marked
+
+
 @dataclass
 class Reader:
     """Lines of text from files; an empty one ends a document. Counts what it leaves out and names the first few.
@@ -68,24 +169,26 @@ class Reader:
     empty: list[str] = field(default_factory=list)
     every: dict[tuple[Path, int], str] | None = None
 
-    def lines(self, path: Path) -> Iterator[str]:
+    def lines(self, file: Path | Source) -> Iterator[str]:
         """Plain text by line, or a record's text by line; each file and each record is at least one document."""
-        for _, texts in self.numbered(path):
+        for _, texts in self.numbered(file):
             yield from texts
         yield ""
 
-    def numbered(self, path: Path) -> Iterator[tuple[int, list[str]]]:
+    def numbered(self, file: Path | Source) -> Iterator[tuple[int, list[str]]]:
         """(number of a line in the file, its text or its record's text by line); nothing for what is left out."""
+        source = Source(file) if isinstance(file, Path) else file
+        path = Path(source.name or source.path)
         records = path.suffix.lower() in RECORD_EXTENSIONS
         any_text = False
         try:
-            with path.open("rb") as file:
-                for number, piece in _pieces(file, LONGEST_RECORD if records else LONGEST_PIECE, records):
+            with source.open() as stream:
+                for number, piece in _pieces(stream, LONGEST_RECORD if records else LONGEST_PIECE, records):
                     texts = self._record(path, number, piece) if records else self._line(path, number, piece)
                     any_text = any_text or any(texts)
                     yield number, texts
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+            raise UserError(f"{source} cannot be read: {error.strerror or error}.") from error
         if not any_text:
             self.empty.append(path.name)
 
@@ -198,20 +301,20 @@ def tokenise(path: str, key: str, tokenizer: BPE, cache: str | None, max_bad_rat
 
     Raises UserError where there is nothing to read, or too much of it is broken.
     """
-    files = find_files(path)
-    facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    texts = find_texts(path, max_bad_ratio)
+    facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in texts.files]
     name = hashlib.blake2b(
         json.dumps([FORMAT, key, tokenizer.identity, max_bad_ratio, facts]).encode(), digest_size=10
     ).hexdigest()
-    root = Path(cache).expanduser() if cache else _default_cache()
+    root = Path(cache).expanduser() if cache else cache_folder("text")
     folder = root / name
     if not (folder / "info.json").is_file():
         total = sum(size for _, size, _ in facts)
         if total > SILENT_UP_TO:
-            print(f"Tokenising {len(files)} files, {total / 1e6:.0f} MB, once ...", file=sys.stderr, flush=True)
+            print(f"Tokenising {len(texts.files)} files, {total / 1e6:.0f} MB, once ...", file=sys.stderr, flush=True)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            _write(folder, files, path, key, tokenizer, max_bad_ratio)
+            _write(folder, texts, path, key, tokenizer, max_bad_ratio)
         except OSError as error:
             raise UserError(
                 f"The tokenised text cannot be written to {root}: {error.strerror or error}. Choose a folder with "
@@ -221,12 +324,7 @@ def tokenise(path: str, key: str, tokenizer: BPE, cache: str | None, max_bad_rat
     return TokenisedText(folder, **info)
 
 
-def _default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "d2v" / "text"
-
-
-def _write(folder: Path, files: Sequence[Path], given: str, key: str, tokenizer: BPE, max_bad_ratio: float) -> None:
+def _write(folder: Path, texts: Texts, given: str, key: str, tokenizer: BPE, max_bad_ratio: float) -> None:
     """Into a temporary folder that takes its name when it is whole."""
     reader = Reader(key)
     dtype = "uint16" if tokenizer.vocabulary.size <= 1 << 16 else "uint32"
@@ -234,7 +332,7 @@ def _write(folder: Path, files: Sequence[Path], given: str, key: str, tokenizer:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with (temporary / "ids.bin").open("wb") as ids, (temporary / "sizes.bin").open("wb") as sizes:
-            for lines in _batches(line for file in files for line in reader.lines(file)):
+            for lines in _batches(line for source in texts.sources for line in reader.lines(source)):
                 encoded = iter(tokenizer.encode([line for line in lines if line]))
                 rows = [[*next(encoded), EOS] if line else [] for line in lines]
                 np.array([i for row in rows for i in row], dtype=dtype).tofile(ids)
@@ -242,10 +340,13 @@ def _write(folder: Path, files: Sequence[Path], given: str, key: str, tokenizer:
                 total += sum(map(len, rows))
         reader.check(max_bad_ratio, f"data.path={given}")
         if total == 0:
-            raise UserError(f"data.path={given}: no text in {len(files)} files. {reader.summary()}".rstrip(". ") + ".")
+            raise UserError(
+                f"data.path={given}: no text in {len(texts.files)} files. {reader.summary()}".rstrip(". ") + "."
+            )
         np.save(temporary / "sizes.npy", np.memmap(temporary / "sizes.bin", dtype=np.int32, mode="r"))
         (temporary / "sizes.bin").unlink()
-        info = {"dtype": dtype, "num_tokens": total, "notes": reader.summary(), "num_files": len(files)}
+        notes = "\n".join(note for note in (*texts.notes, reader.summary()) if note)
+        info = {"dtype": dtype, "num_tokens": total, "notes": notes, "num_files": len(texts.files)}
         (temporary / "info.json").write_text(json.dumps(info), encoding="utf-8")
         try:
             temporary.replace(folder)

@@ -20,6 +20,7 @@ from torch import Tensor
 from d2v_core.config import opt
 from d2v_core.contract import Dataset, LabelledPart, Task
 from d2v_core.errors import UserError
+from d2v_core.shards import refuse_shards
 from d2v_text import glue, grammar
 from d2v_text.files import Reader, find_files
 from d2v_text.tokenizer import BOS, BPE, EOS, NUM_SPECIAL
@@ -270,6 +271,7 @@ class _Files:
 def _find(given: str, config: GlueConfig) -> tuple[_Files, glue.GlueTask | None]:
     if not str(given).strip() or not Path(given).expanduser().exists():
         find_files(given)  # says what there is instead
+    refuse_shards(given)
     path = Path(given).expanduser().resolve()
     asked = None if config.task is None else glue.asked_for(config.task)
     if path.is_file():

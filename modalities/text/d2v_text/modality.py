@@ -15,6 +15,7 @@ from d2v_core.contract import (
     Batch,
     Batching,
     Dataset,
+    Inventory,
     Layout,
     MaskingPolicy,
     Modality,
@@ -42,7 +43,7 @@ from d2v_text.feature_encoder import (
     VisibleEmbeddingConfig,
     VisibleTextEncoder,
 )
-from d2v_text.files import tokenise
+from d2v_text.files import inventory, tokenise
 from d2v_text.labelled import GlueConfig
 from d2v_text.masking import NOT_SELECTED, TokenMasking, TokenMaskingConfig
 from d2v_text.tokenizer import BPE, NUM_SPECIAL, PAD, Vocabulary, load_tokenizer
@@ -257,6 +258,14 @@ class TextModality(Modality[Sample]):
     @classmethod
     def recipes(cls) -> Path:
         return Path(__file__).parent / "recipes"
+
+    @classmethod
+    def inventory(cls, config: RunConfig, measure: bool) -> Inventory:
+        """Documents where they are to be measured, in tokens if there is data.tokenizer, else in words."""
+        data = config.section("data", TextConfig)
+        tokenizer = None if data.tokenizer is None or not measure else load_tokenizer(data.tokenizer)
+        assert data.path is not None
+        return inventory(data.path, data.key, measure, tokenizer)
 
     def dataset(self, split: str) -> Dataset[Sample]:
         del split

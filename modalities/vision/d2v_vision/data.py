@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2v_core.config import opt
-from d2v_core.contract import BadSample, Dataset, ProbeTask
-from d2v_vision.files import Arrays, BadImage, ScanReport, read, read_records, record_files, scan
+from d2v_core.contract import BadSample, Dataset, Inventory, ProbeTask
+from d2v_core.errors import UserError
+from d2v_core.shards import shard_numbers
+from d2v_core.sources import Item
+from d2v_vision.files import Arrays, BadImage, ScanReport, facts, read, read_records, record_files, scan
 from d2v_vision.synthetic import SHAPES, Split, SyntheticShapes
 
 if TYPE_CHECKING:
@@ -48,12 +51,24 @@ class VisionConfig:
     verify: Literal["auto", "headers", "decode"] = opt(
         "auto", "Before training read headers only, or decode every file; auto decodes up to 5000 files."
     )
+    order: Literal["samples", "shards"] = opt(
+        "samples",
+        "samples = any order; shards = tars one after the other, for storage that is slow to go to and fro in.",
+    )
+    open_shards: int = opt(4, "Tars that are mixed at a time by order=shards, for each micro-batch of a step.")
     max_bad_ratio: float = opt(0.01, "Larger share of unreadable files stops the run before training.")
     max_pixels: int = opt(1 << 26, "Files with more pixels are refused unread, as decompression bombs are.")
     synthetic_images: int = opt(4000, "Pictures of the built-in set.")
 
+    @property
+    def shards_at_once(self) -> int | None:
+        """As `Batching` takes it."""
+        return self.open_shards if self.order == "shards" else None
+
     def check(self) -> None:
         """Raises ValueError."""
+        if self.open_shards < 1:
+            raise ValueError(f"data.open_shards={self.open_shards} must be at least 1")
         for key in ("image_size", "batch", "synthetic_images", "max_pixels"):
             if getattr(self, key) < 1:
                 raise ValueError(f"data.{key}={getattr(self, key)} must be at least 1")
@@ -91,6 +106,7 @@ class ImageFiles(_Images):
         super().__init__(len(report.images))
         self.report, self.max_pixels = report, max_pixels
         self.left_out = report.left_out
+        self.shards = shard_numbers([image.source for image in report.images])
 
     def id(self, index: int) -> str:
         return self.report.images[index].id
@@ -155,6 +171,33 @@ def open_dataset(config: VisionConfig, patch_size: int) -> Dataset[ImageSample]:
         return ImageArrays(read_records(config.path, config.split))
     report = scan(config.path, split=config.split, **scan_options(config, patch_size))
     return ImageFiles(report, config.max_pixels)
+
+
+def inventory(config: VisionConfig) -> Inventory:
+    """Every image file that can be read, of any size. Raises UserError where there is none."""
+    assert config.path is not None
+    if record_files(config.path):
+        raise UserError(
+            f"data.path={config.path}: CIFAR and IDX files hold all their images as one array, which is read whole. "
+            "`d2v data` is for folders of image files, and for tars."
+        )
+    report = scan(config.path, split=config.split, **{**scan_options(config, 1), "max_bad_ratio": 1.0})
+    items: list[Item] = []
+    bad = list(report.bad)
+    for image in report.images:
+        found = facts(image.source) if image.facts is None else image.facts
+        if isinstance(found, str):  # it has changed within the last seconds
+            bad.append((image.id, found))
+        else:
+            items.append(Item(image.id, image.source, found))
+    return Inventory(
+        items=items,
+        bad=bad,
+        amounts=[math.sqrt(int(item.facts["width"]) * int(item.facts["height"])) for item in items],
+        unit="pixels, the root of an image's area",
+        total=f"{len(items)} images",
+        notes=report.notes,
+    )
 
 
 def scan_options(config: VisionConfig, patch_size: int) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import lzma
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from PIL import Image, UnidentifiedImageError
 
 from d2v_core.errors import UserError
 from d2v_core.files import check_bad_files, existing, first, kind, none_found, subfolder, walk
+from d2v_core.shards import Kind, find_shards, read_shards
+from d2v_core.sources import Fact, Source
 
 IMAGE_EXTENSIONS = (
     ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
@@ -38,13 +40,21 @@ class BadImage(Exception):
     """An image file that cannot be used; the message is the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class ImageFile:
-    """One file that looked usable. id: its path below the data root, with "/". label: its class folder, if any."""
+    """One file that looked usable. id: its path below the data root, with "/". label: its class folder, if any.
+    inside: where in the tar `path` it lies. facts: what its header says, where that has been read."""
 
     path: Path
     id: str
     label: str | None = None
+    inside: Source | None = None
+    facts: Mapping[str, Fact] | None = field(default=None, compare=False)
+
+    @property
+    def source(self) -> Source:
+        """Where its bytes are."""
+        return self.inside or Source(self.path)
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class ScanReport:
     small: tuple[str, ...]  # ids of those dropped as narrower than min_side
     min_side: int
     empty: tuple[str, ...]  # class folders without any image
+    notes: tuple[str, ...] = ()  # what else there is to say
 
     @property
     def too_small(self) -> int:
@@ -84,7 +95,7 @@ class ScanReport:
             text += f"\n{len(self.bad)} unreadable: {first(_named(self.bad), '; ', more=MORE)}"
         if self.empty:
             text += f"\n{len(self.empty)} folders without an image: {first(self.empty, ', ', more=MORE)}"
-        return text
+        return "\n".join([text, *self.notes])
 
 
 def scan(
@@ -97,10 +108,11 @@ def scan(
     decode: bool | None = None,
     decode_up_to: int = 5000,
 ) -> ScanReport:
-    """List the usable images of a folder and its sub-folders, or a single file.
+    """List the usable images of a folder and its sub-folders, a single file, or tars (`d2v_core.shards.find_shards`).
 
     Args:
-        split: sub-folder to search; None = `train` where there is one (ImageNet's layout), else everything.
+        split: sub-folder to search, or what ids in tars begin with; None = `train` where there is one (ImageNet's
+            layout), else everything.
         min_side: images with a shorter side, in pixels, are dropped and counted.
         max_pixels: width times height above which a file is refused unread (decompression bombs).
         max_bad_ratio: share of unreadable files, in [0, 1], above which the scan stops.
@@ -109,19 +121,30 @@ def scan(
     Raises:
         UserError: something the user must mend; the message says what and how.
     """
-    top, found, empty = _find(path, split)
+    tars = find_shards(path)
+    unread: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    if tars is None:
+        top, found, empty = _find(path, split)
+    else:
+        top, found, empty, unread, notes = _in_tars(tars, path, split)
     decode = len(found) <= decode_up_to if decode is None else decode
 
     def look(image: ImageFile) -> str | tuple[int, int]:
         try:
-            return _load(image.path, max_pixels, decode).size
+            if image.facts is None or decode:
+                return _load(image.source, max_pixels, decode).size
+            size = int(image.facts["width"]), int(image.facts["height"])
+            _check_size(*size, max_pixels)
+            return size
         except BadImage as error:
             return str(error)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(NUM_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, from any thread
         sizes = list(pool.map(look, found))
-    bad = tuple((image.id, size) for image, size in zip(found, sizes, strict=True) if isinstance(size, str))
+    damaged = [(image.id, size) for image, size in zip(found, sizes, strict=True) if isinstance(size, str)]
+    bad = tuple(sorted([*unread, *damaged]))
     images = tuple(
         image for image, size in zip(found, sizes, strict=True) if not isinstance(size, str) and min(size) >= min_side
     )
@@ -131,11 +154,12 @@ def scan(
         for image, size in zip(found, sizes, strict=True)
         if not isinstance(size, str) and image.id not in usable
     )
-    report = ScanReport(top, images, bad, small, min_side, empty)
-    check_bad_files(_named(bad), len(found), max_bad_ratio, "images", path, MORE)
+    report = ScanReport(top, images, bad, small, min_side, empty, notes)
+    total = len(found) + len(unread)
+    check_bad_files(_named(bad), total, max_bad_ratio, "images", path, MORE)
     if not images:
         raise UserError(
-            f"data.path={path}: none of {len(found)} images is usable; {report.too_small} are narrower than a patch of "
+            f"data.path={path}: none of {total} images is usable; {report.too_small} are narrower than a patch of "
             f"{min_side} pixels and {len(bad)} unreadable. Give larger images or a smaller features.patch_size."
         )
     return report
@@ -146,18 +170,23 @@ def read(image: ImageFile, max_pixels: int = 1 << 26) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return to_rgb(_load(image.path, max_pixels, True))
+            return to_rgb(_load(image.source, max_pixels, True))
     except BadImage as error:
-        raise BadImage(f"{image.path}: {error}") from None
+        raise BadImage(f"{image.source}: {error}") from None
 
 
-def _load(path: Path, max_pixels: int, decode: bool) -> Image.Image:
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} pixels, more than data.max_pixels={max_pixels}")
+
+
+def _load(source: Source, max_pixels: int | None, decode: bool) -> Image.Image:
     """An image that is known to be whole where it was decoded."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with source.open(whole=decode) as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
-            if width * height > max_pixels:
-                raise BadImage(f"{width} x {height} pixels, more than data.max_pixels={max_pixels}")
+            if max_pixels is not None:
+                _check_size(width, height, max_pixels)
             if image.mode == "F":
                 raise BadImage("pixels are fractions, whose range is not known")
             if decode:
@@ -219,6 +248,37 @@ def _find(given: str | Path, split: str | None) -> tuple[Path, list[ImageFile], 
     return top, sorted(images, key=lambda image: image.id), empty
 
 
+def facts(source: Source) -> dict[str, Fact] | str:
+    """What a header says of a file: width and height in pixels, format; or why it is of no use."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = _load(source, None, False)
+    except BadImage as error:
+        return str(error)
+    return {"width": image.width, "height": image.height, "format": image.format or "?"}
+
+
+SHARDS = Kind("vision", IMAGE_EXTENSIONS, facts)
+
+
+def _in_tars(
+    tars: Sequence[Path], given: str | Path, split: str | None
+) -> tuple[Path, list[ImageFile], tuple[str, ...], tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """As `_find`, and (id, reason) of what cannot be read, and notes."""
+    found = read_shards(tars, given, SHARDS)
+    if split is None and any(item.id.startswith("train/") for item in found.items):
+        split = "train"
+    images = [
+        ImageFile(item.source.path, item.id, inside=item.source, facts=item.facts)
+        for item in found.items
+        if split is None or item.id.startswith(f"{split}/")
+    ]
+    if not images:
+        raise UserError(f"data.path={given} has no image below {split!r}; the first is {found.items[0].id}.")
+    return found.paths[0].parent, sorted(images, key=lambda image: image.id), (), found.bad, found.notes
+
+
 def _named(bad: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{name}: {reason}" for name, reason in bad]
 
@@ -240,6 +300,8 @@ def record_files(given: str | Path) -> list[Path]:
 
     In a folder only names that CIFAR uses count: torchvision leaves a meta.bin beside ImageNet's train/.
     """
+    if find_shards(given) is not None:
+        return []
     path = existing(given, EXPECTED)
     if path.is_file():
         return [path] if _is_idx(path) or path.name.endswith((".bin", ".bin.xz", ".bin.gz")) else []

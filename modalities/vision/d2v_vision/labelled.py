@@ -24,6 +24,7 @@ from d2v_core.contract import Dataset, LabelledPart, Task
 from d2v_core.errors import UserError
 from d2v_core.files import existing, first
 from d2v_core.keyed import seeded
+from d2v_core.shards import refuse_shards
 from d2v_vision.data import (
     ImageArrays,
     ImageFiles,
@@ -125,6 +126,7 @@ def open_task(config: VisionConfig, patch_size: int) -> Task[ImageSample]:
         )
     if config.path is None:
         return _shapes(config.image_size)
+    refuse_shards(config.path)
     if record_files(config.path):
         return _records(config.path)
     return _folders(config, config.path, patch_size)

@@ -12,7 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from d2v_core.config import RunConfig
-from d2v_core.contract import Batching, Dataset, Layout, MaskingPolicy, Modality, Part, Predictor, ProbeTask, Raw, Task
+from d2v_core.contract import (
+    Batching,
+    Dataset,
+    Inventory,
+    Layout,
+    MaskingPolicy,
+    Modality,
+    Part,
+    Predictor,
+    ProbeTask,
+    Raw,
+    Task,
+)
 from d2v_core.data2vec import LinearPredictor
 from d2v_core.decoder import ConvDecoder, DecoderConfig
 from d2v_core.errors import UserError
@@ -20,7 +32,7 @@ from d2v_core.masking import BlockMasking as GridBlockMasking
 from d2v_core.masking import BlockMaskingConfig as GridBlockMaskingConfig
 from d2v_core.transformer import Transformer
 from d2v_core.visible import PrenetConfig
-from d2v_vision.data import ImageSample, VisionConfig, augment, open_dataset, shape_probe, to_tensor
+from d2v_vision.data import ImageSample, VisionConfig, augment, inventory, open_dataset, shape_probe, to_tensor
 from d2v_vision.feature_encoder import (
     CHANNELS,
     IdentityPredictor,
@@ -117,6 +129,11 @@ class VisionModality(Modality[ImageSample]):
     def recipes(cls) -> Path:
         return Path(__file__).parent / "recipes"
 
+    @classmethod
+    def inventory(cls, config: RunConfig, measure: bool) -> Inventory:
+        """Headers say how long a sample is."""
+        return inventory(config.section("data", VisionConfig))
+
     def dataset(self, split: str) -> Dataset[ImageSample]:
         return open_dataset(self.data, self.patch_size)
 
@@ -139,7 +156,8 @@ class VisionModality(Modality[ImageSample]):
         return ImageSample(pixels)
 
     def batching(self) -> Batching:
-        return Batching(self.data.batch, self.data.micro_batch or self.data.batch, max_size=1)
+        data = self.data
+        return Batching(data.batch, data.micro_batch or data.batch, max_size=1, open_shards=data.shards_at_once)
 
     def micro_batch_option(self, size: int) -> str:
         return f"data.micro_batch={size}"
