@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from d2v_core import UserError, counting, parts, plan, profile, run
+from d2v_core import UserError, counting, memory, parts, plan, profile, run
 from d2v_core.contract import BadSample
 from d2v_core.run import build_model
 from d2v_core.trainer import Updater
@@ -127,7 +127,7 @@ def needed(modality):
 
 def with_memory(monkeypatch, total):
     monkeypatch.setattr(plan, "memory_of", lambda device: plan.Memory(round(total), round(total)))
-    monkeypatch.setattr(plan, "CPU_FIXED", 0)  # which is more than all of these small networks
+    monkeypatch.setattr(memory, "FIXED", 0)  # which is more than all of these small networks
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_fits(d2v, make, monkeypatch, tmp_path):
