@@ -242,22 +242,18 @@ def make_plan(modality: Modality[Any]) -> Plan:
     largest, middle, num_parts = _chosen(modality, dataset)
     count = min(num_parts, 2)  # from the second micro-batch on, the gradients of those before are there
     smaller = [_first(modality, dataset, largest, number) for number in _fewer(len(largest.indices))]
-    steps = [[_read(modality, dataset, micro)] * count for micro in (middle, *smaller, largest)]
-
-    def peak(step: Sequence[Batch], precision: str) -> Peak:
-        return peak_of(costs(modality, [step], device, precision, settled=True)[0], device)
-
-    (usual,) = costs(modality, steps[:1], device, config.train.precision)
-    micros = [*smaller, largest]
-    curve = [(_size(m), peak(step, config.train.precision)) for m, step in zip(micros, steps[1:], strict=True)]
-    peaks = {config.train.precision: curve[-1][1]}
-    for precision in ("fp32", "bf16"):
-        if precision not in peaks:
-            peaks[precision] = peak(steps[-1], precision)
+    *steps, most = [[_read(modality, dataset, micro)] * count for micro in (*smaller, middle, largest)]
+    *less, usual = costs(modality, steps, device, config.train.precision)
+    peaks = {
+        precision: peak_of(costs(modality, [most], device, precision, settled=True)[0], device)
+        for precision in dict.fromkeys((config.train.precision, "fp32", "bf16"))
+    }
+    curve = [(_size(micro), peak_of(cost, device)) for micro, cost in zip(smaller, less, strict=True)]
+    curve.append((_size(largest), peaks[config.train.precision]))
     memory, model = memory_of(device), hollow_model(modality)
     return Plan(
         modality.name, config.preset, config.method, _name(device), dataset.describe(), weights_of(model),
-        _tokens(steps[-1][0]), _size(largest), num_parts,
+        _tokens(most[0]), _size(largest), num_parts,
         {name: value * num_parts // count for name, value in usual.flops.items()},
         {name: value * num_parts // count for name, value in usual.moved.items()},
         bytes_of(model), peaks, config.train.precision, memory,
