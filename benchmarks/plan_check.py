@@ -95,7 +95,7 @@ def check(name: str, words: list[str]) -> dict[str, Any]:
     small = plan.planned_micro_batch(modality, 1)
     config = modality.config.train
     device = torch.device(config.device)
-    (cost,) = plan.costs(modality, [[batch]], device, config.precision)
+    (cost,) = plan.costs(modality, [[batch]], device, config.precision, settled=True)
     peak = plan.peak_of(cost, device)
     with tempfile.TemporaryDirectory() as folder:
         batches = Path(folder) / "batches.pt"

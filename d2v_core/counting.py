@@ -26,6 +26,7 @@ from d2v_core import run
 from d2v_core.contract import Batch, Masks, Modality
 from d2v_core.data2vec import Data2Vec
 from d2v_core.errors import UserError
+from d2v_core.memory import Heap
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 
@@ -89,6 +90,7 @@ class Counter(TorchDispatchMode):
     """Inside, adds up FLOPs and bytes moved by part, and follows the storages that are alive.
 
     part: what is counted is put down to it; set it as the step goes on. live: bytes now. peak: the most since `reset`.
+    heap: where a process on a CPU would have them.
     """
 
     def __init__(self) -> None:
@@ -96,6 +98,7 @@ class Counter(TorchDispatchMode):
         self.part = ""
         self._known: set[int] = set()
         self.live = self.peak = 0
+        self.heap = Heap()
         self.peak_part = ""
         self.flops: dict[str, int] = {}
         self.moved: dict[str, int] = {}
@@ -104,6 +107,7 @@ class Counter(TorchDispatchMode):
     def reset(self) -> None:
         """Count anew, from what lives now."""
         self.peak, self.peak_part, self.flops, self.moved = self.live, self.part, {}, {}
+        self.heap.reset()
 
     def switch(self, part: str) -> None:
         """What follows is counted for `part`."""
@@ -121,12 +125,14 @@ class Counter(TorchDispatchMode):
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
             self.live += self._sizes[key]
+            self.heap.take(key, self._sizes[key])
             if self.live > self.peak:
                 self.peak, self.peak_part = self.live, self.part
             weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
+        self.heap.free(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -71,21 +71,30 @@ def mm_t(a: Tensor, b: Tensor, bias: Tensor | None = None, plus: Tensor | None =
     return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast does to the operands of a matrix product; a custom function has to ask for it."""
-    kind = next(x for x in tensors if x is not None).device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if x is None else x.to(dtype) for x in tensors)
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast does to an operand of a matrix product; a custom function has to ask for it.
+
+    Weights are rounded by the functions below, in the forward and again in the backward pass: to round is cheap, and a
+    copy of each weight in half precision would live from the one to the other.
+    """
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _like(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """A weight in the type to compute in, that of x."""
+    return None if weight is None else weight.to(x.dtype)
 
 
 class _Linear(torch.autograd.Function):
+    """Of x, or of its GELU, which is computed again. x is of the type to compute in."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return mm_t(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        ctx.bias, ctx.gelu = None if bias is None else bias.dtype, gelu
+        rows = (F.gelu(x) if gelu else x).reshape(-1, x.shape[-1])
+        return mm_t(rows, weight.to(x.dtype), _like(bias, x)).view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -94,48 +103,39 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        dx = mm_t(g, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = mm_t(g.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
-        return dx, dw, g.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        dx = dw = dbias = None
+        if ctx.needs_input_grad[1]:
+            rows = (F.gelu(x) if ctx.gelu else x).reshape(-1, x.shape[-1])
+            dw = mm_t(g.t(), rows.t()).to(weight.dtype)
+            del rows
+        if ctx.needs_input_grad[0]:
+            dx = mm_t(g, weight.to(x.dtype).t()).view(x.shape)
+            if ctx.gelu:
+                dx = torch.ops.aten.gelu_backward(dx, x)
+        if ctx.needs_input_grad[2]:
+            dbias = g.sum(0, dtype=ctx.bias)
+        return dx, dw, dbias, None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    x = _autocast(x)
+    with torch.autocast("cpu", enabled=False):
+        return cast(Tensor, _Linear.apply(x, weight, bias, gelu))  # pyright: ignore[reportUnknownMemberType]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear with oneDNN in fp32 on a CPU; F.linear itself everywhere else."""
-    if _is_plain() or torch.is_autocast_enabled(x.device.type) or not _onednn(x):
+    """F.linear on a CPU: with oneDNN in fp32, and under autocast with less to keep for the backward pass."""
+    if _is_plain() or x.device.type != "cpu" or not (_onednn(x) or torch.is_autocast_enabled("cpu")):
         return F.linear(x, weight, bias)
-    return cast(Tensor, _Linear.apply(x, weight, bias))  # pyright: ignore[reportUnknownMemberType]
-
-
-class _GeluLinear(torch.autograd.Function):
-    """Keeps the input of the GELU and computes its output again, instead of keeping both."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return mm_t(F.gelu(x).reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        dw = mm_t(g.t(), F.gelu(x).reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.ops.aten.gelu_backward(mm_t(g, weight.t()).view(x.shape), x)
-        return dx, dw, g.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return _linear(x, weight, bias, gelu=False)
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear(F.gelu(x), weight, bias), on a CPU with less to keep for the backward pass."""
+    """F.linear(F.gelu(x), weight, bias), on a CPU with less to keep for the backward pass: what the GELU is given, and
+    not what it gives."""
     if _is_plain() or x.device.type != "cpu":
         return F.linear(F.gelu(x), weight, bias)
-    x_, weight_, bias_ = _autocast(x, weight, bias)
-    with torch.autocast("cpu", enabled=False):
-        return cast(Tensor, _GeluLinear.apply(x_, weight_, bias_))  # pyright: ignore[reportUnknownMemberType]
+    return _linear(x, weight, bias, gelu=True)
 
 
 class Linear(nn.Linear):
@@ -264,7 +264,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     """
     operands = (q, k, v)
     if torch.is_autocast_enabled(q.device.type):
-        q, k, v = cast("tuple[Tensor, Tensor, Tensor]", _autocast(q, k, v))
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
     learned = mask is not None and mask.requires_grad
     short = q.dtype == torch.bfloat16 and k.shape[2] <= min(SHORT_PER_CHANNEL * k.shape[3], SHORT)
     slow = torch.is_grad_enabled() and (dropout > 0 or learned or short)
@@ -323,16 +323,16 @@ class _Conv1dTimeMajor(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.has_bias = stride, bias is not None
-        return _convolved(x, weight, bias, stride)
+        return _convolved(x, weight.to(x.dtype), _like(bias, x), stride)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        dw = _weight_grad(grad, x, weight, ctx.stride) if ctx.needs_input_grad[1] else None
+        x, kept = ctx.saved_tensors
+        weight, grad = kept.to(x.dtype), grad.contiguous()
+        dw = _weight_grad(grad, x, weight, ctx.stride).to(kept.dtype) if ctx.needs_input_grad[1] else None
         dx = _input_grad(grad, weight, x.shape[1], ctx.stride) if ctx.needs_input_grad[0] else None
         return dx, dw, grad.sum((0, 1)) if ctx.has_bias else None, None
 
@@ -386,6 +386,7 @@ class _NormGeluConv1d(torch.autograd.Function):
         num_out = (length - weight.shape[2]) // stride + 1
         if num_out < 1:
             raise RuntimeError(f"Kernel size {weight.shape[2]} can't be greater than the input's {length} tokens")
+        weight, bias, raw, raw_bias = weight.to(x.dtype), _like(bias, x), _like(raw, x), _like(raw_bias, x)
         y = x.new_empty(x.shape[0], num_out, weight.shape[0])
         for first, last, seen in _pieces(num_out, weight.shape[2], stride):
             inputs = (
@@ -400,7 +401,8 @@ class _NormGeluConv1d(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, scale, shift, weight, raw, raw_bias = ctx.saved_tensors
+        x, scale, shift, *kept = ctx.saved_tensors
+        weight, raw, raw_bias = kept[0].to(x.dtype), _like(kept[1], x), _like(kept[2], x)
         stride, raw_stride = ctx.stride, ctx.raw_stride
         dw, dscale, dshift = (torch.zeros_like(z, dtype=torch.float32) for z in (weight, scale, shift))
         dx = torch.zeros_like(x) if raw is None else None
@@ -431,11 +433,7 @@ class _NormGeluConv1d(torch.autograd.Function):
                 if draw_bias is not None:
                     draw_bias += d.sum((0, 1))
         dbias = grad.sum((0, 1)) if ctx.has_bias else None
-        if raw is not None and draw is not None:
-            draw = draw.to(raw.dtype)
-        if raw_bias is not None and draw_bias is not None:
-            draw_bias = draw_bias.to(raw_bias.dtype)
-        return dx, dscale, dshift, None, dw.to(weight.dtype), dbias, None, draw, draw_bias, None
+        return dx, dscale, dshift, None, dw, dbias, None, draw, draw_bias, None
 
 
 def _part(x: Tensor, seen: slice, weight: Tensor, stride: int) -> Tensor:
@@ -482,9 +480,9 @@ def conv1d_time_major(x: Tensor, weight: Tensor, bias: Tensor | None = None, str
         return F.conv1d(x.transpose(1, 2), weight, bias, stride).transpose(1, 2)
     if x.shape[2] * weight.shape[2] <= 64:  # a raw signal: no product worth its name
         return _from_signal(x, weight, bias, stride)
-    x_, weight_, bias_ = _autocast(x, weight, bias)
+    x = _autocast(x)
     with torch.autocast(x.device.type, enabled=False):
-        return cast(Tensor, _Conv1dTimeMajor.apply(x_, weight_, bias_, stride))  # pyright: ignore[reportUnknownMemberType]
+        return cast(Tensor, _Conv1dTimeMajor.apply(x, weight, bias, stride))  # pyright: ignore[reportUnknownMemberType]
 
 
 Convolution = tuple[Tensor, Tensor | None, int]
@@ -500,14 +498,13 @@ def norm_gelu_conv1d(x: Tensor, norm: nn.LayerNorm, conv: Convolution, raw: Conv
         x, raw = conv1d_time_major(x, *raw), None
     if _is_plain() or x.device.type != "cpu":
         return conv1d_time_major(F.gelu(norm(x if raw is None else conv1d_time_major(x, *raw))), *conv)
-    x_, weight, bias = _autocast(x, conv[0], conv[1])
-    raw_weight, raw_bias = (None, None) if raw is None else _autocast(raw[0], raw[1])
+    x, (weight, bias, stride) = _autocast(x), conv
+    raw_weight, raw_bias, raw_stride = (None, None, 1) if raw is None else raw
     with torch.autocast("cpu", enabled=False):
         return cast(
             Tensor,
             _NormGeluConv1d.apply(  # pyright: ignore[reportUnknownMemberType]
-                x_, norm.weight, norm.bias, norm.eps, weight, bias, conv[2],
-                raw_weight, raw_bias, 1 if raw is None else raw[2],
+                x, norm.weight, norm.bias, norm.eps, weight, bias, stride, raw_weight, raw_bias, raw_stride
             ),
         )  # fmt: skip
 
@@ -547,15 +544,16 @@ class _GroupedConv1dSame(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.groups, ctx.has_bias = groups, bias is not None
         run = _grouped_onednn if _onednn(x) else _grouped
-        return run(x, weight.view(groups, -1, per_group, kernel), bias, kernel // 2)
+        return run(x, weight.to(x.dtype).view(groups, -1, per_group, kernel), _like(bias, x), kernel // 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        groups, (per_group, kernel) = ctx.groups, weight.shape[1:]
+        x, kept = ctx.saved_tensors
+        weight, groups = kept.to(x.dtype), ctx.groups
+        per_group, kernel = weight.shape[1:]
         grad = grad.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[1]:
@@ -566,7 +564,7 @@ class _GroupedConv1dSame(torch.autograd.Function):
                 part = torch.stack([mm_t(a, b.t()) for a, b in zip(g.contiguous(), seen, strict=True)])
             else:
                 part = torch.bmm(g, seen)
-            dw = part.view(-1, kernel, per_group).transpose(1, 2)
+            dw = part.view(-1, kernel, per_group).transpose(1, 2).to(kept.dtype)
         if ctx.needs_input_grad[0]:  # the same convolution with each tap's matrix transposed and the taps reversed
             back = weight.view(groups, -1, per_group, kernel).transpose(1, 2).flip(3)
             dx = (_grouped_onednn if _onednn(x) else _grouped)(grad, back, None, kernel - 1 - kernel // 2)
@@ -579,6 +577,6 @@ def grouped_conv1d_same(x: Tensor, weight: Tensor, bias: Tensor | None, groups: 
     if _is_plain():
         y = F.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2, groups=groups)
         return y[..., : x.shape[1]].transpose(1, 2)
-    x_, weight_, bias_ = _autocast(x, weight, bias)
+    x = _autocast(x)
     with torch.autocast(x.device.type, enabled=False):
-        return cast(Tensor, _GroupedConv1dSame.apply(x_, weight_, bias_, groups))  # pyright: ignore[reportUnknownMemberType]
+        return cast(Tensor, _GroupedConv1dSame.apply(x, weight, bias, groups))  # pyright: ignore[reportUnknownMemberType]

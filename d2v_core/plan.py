@@ -27,9 +27,6 @@ from d2v_core.errors import UserError
 from d2v_core.loop import pick_device
 from d2v_core.transformer import Transformer
 
-# Resident memory of a process on a CPU over the bytes of its tensors: the allocator cannot fill every gap, and kernels
-# keep something for themselves. Measured, as docs/performance.md says. A GPU's allocator is asked for what is counted.
-CPU_SHARE, CPU_FIXED = 1.165, 22 * 2**20
 # Of what is free now, this much more than predicted has to be there for a micro-batch to be suggested.
 SPARE = 1.1
 
@@ -160,19 +157,27 @@ def bytes_of(model: Data2Vec) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one update: FLOPs and bytes moved by part, and the most bytes alive."""
+    """Of one update: FLOPs and bytes moved by part, the most bytes alive, and what a process on a CPU takes for it."""
 
     flops: dict[str, int]
     moved: dict[str, int]
     peak: int
     peak_part: str
+    resident: int
 
 
 def costs(
-    modality: Modality[Any], steps: Sequence[Sequence[Batch]], device: torch.device, precision: str
+    modality: Modality[Any],
+    steps: Sequence[Sequence[Batch]],
+    device: torch.device,
+    precision: str,
+    settled: bool = False,
 ) -> list[Cost]:
     """Of one update with the micro-batches of each element of `steps`, when the optimizer's moments are there already.
     Layer drop is off: every block is computed.
+
+    settled: make the first one twice and count the second time. The moments then lie where the first update of a run
+    puts them, in between its gradients and activations, which `resident` depends on and nothing else does.
 
     Raises UserError where a part of the network asks for a value.
     """
@@ -194,14 +199,15 @@ def costs(
             counter.add(tensor)
         counter.answer_for(model.buffers())
         updater = Updater(model.train(), config, device)
-        for parameter in updater.parameters:  # the first step makes the moments
-            parameter.grad = torch.empty_like(parameter)
-        updater.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        if not settled:
+            for parameter in updater.parameters:  # the first step makes the moments
+                parameter.grad = torch.empty_like(parameter)
+            updater.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         update_teacher = model.update_teacher
         # Whether a step is applied is a question about its values: here every one is.
         model.update_teacher = lambda decay, applied=None: update_teacher(decay)
         with parts.watched(model, updater, counter.switch):
-            for number, batches in enumerate(made):
+            for number, batches in enumerate([*made[:1], *made] if settled else made):
                 for tensor in (tensor for batch in batches for tensor in batch.inputs.values()):
                     counter.add(tensor)
                 counter.switch(parts.OPTIMIZER)
@@ -213,8 +219,8 @@ def costs(
                         f"This cannot be planned: a part of the network of {modality.name} asks for values, which a "
                         f"plan does not compute ({str(error).splitlines()[0]})."
                     ) from error
-                found.append(Cost(counter.flops, counter.moved, counter.peak, counter.peak_part))
-    return found
+                found.append(Cost(counter.flops, counter.moved, counter.peak, counter.peak_part, counter.heap.resident))
+    return found[1:] if settled else found
 
 
 # ----------------------------------------------------------------------------------------------------- a configuration
@@ -236,17 +242,18 @@ def make_plan(modality: Modality[Any]) -> Plan:
     largest, middle, num_parts = _chosen(modality, dataset)
     count = min(num_parts, 2)  # from the second micro-batch on, the gradients of those before are there
     smaller = [_first(modality, dataset, largest, number) for number in _fewer(len(largest.indices))]
-    steps = [[_read(modality, dataset, micro)] * count for micro in (middle, *smaller, largest)]
-    usual, *found = costs(modality, steps, device, config.train.precision)
-    curve = [(_size(micro), peak_of(cost, device)) for micro, cost in zip([*smaller, largest], found, strict=True)]
-    peaks = {config.train.precision: curve[-1][1]}
-    for precision in ("fp32", "bf16"):
-        if precision not in peaks:
-            peaks[precision] = peak_of(costs(modality, steps[-1:], device, precision)[0], device)
+    *steps, most = [[_read(modality, dataset, micro)] * count for micro in (*smaller, middle, largest)]
+    *less, usual = costs(modality, steps, device, config.train.precision)
+    peaks = {
+        precision: peak_of(costs(modality, [most], device, precision, settled=True)[0], device)
+        for precision in dict.fromkeys((config.train.precision, "fp32", "bf16"))
+    }
+    curve = [(_size(micro), peak_of(cost, device)) for micro, cost in zip(smaller, less, strict=True)]
+    curve.append((_size(largest), peaks[config.train.precision]))
     memory, model = memory_of(device), hollow_model(modality)
     return Plan(
         modality.name, config.preset, config.method, _name(device), dataset.describe(), weights_of(model),
-        _tokens(steps[-1][0]), _size(largest), num_parts,
+        _tokens(most[0]), _size(largest), num_parts,
         {name: value * num_parts // count for name, value in usual.flops.items()},
         {name: value * num_parts // count for name, value in usual.moved.items()},
         bytes_of(model), peaks, config.train.precision, memory,
@@ -255,9 +262,9 @@ def make_plan(modality: Modality[Any]) -> Plan:
 
 
 def peak_of(cost: Cost, device: torch.device) -> Peak:
-    """The most memory that a step needs, counted, and, on a CPU, as its allocator and libraries make of it."""
-    predicted = round(CPU_SHARE * cost.peak + CPU_FIXED) if device.type == "cpu" else cost.peak
-    return Peak(cost.peak, predicted, cost.peak_part)
+    """The most memory that a step needs: counted, and predicted. A GPU's allocator is asked for what is counted; the C
+    library's has holes."""
+    return Peak(cost.peak, cost.resident if device.type == "cpu" else cost.peak, cost.peak_part)
 
 
 def planned_micro_batch(modality: Modality[Any], count: int | None = None) -> Batch:
@@ -342,7 +349,8 @@ def suggest(
     """The largest micro-batch that fits beside what the machine does now, at most the batch; None where not even one
     sample does. curve: sizes of micro-batches, growing, and their peaks. longest: the size of one sample."""
     batching = modality.batching()
-    sizes, needs, room = [size for size, _ in curve], [peak.predicted for _, peak in curve], memory.free / SPARE
+    sizes, room = [size for size, _ in curve], memory.free / SPARE
+    needs = [int(need) for need in np.maximum.accumulate([peak.predicted for _, peak in curve])]  # holes come and go
     if room < needs[0]:
         return None
     most = float(np.interp(room, needs, sizes))

@@ -71,6 +71,40 @@ def test_autocast_casts_as_torch_does():
     assert x.grad is not None and x.grad.dtype == torch.float32
 
 
+WEIGHTED = {
+    "linear": (kernels.linear, [(3, 37, 48), (24, 48), (24,)]),
+    "gelu": (kernels.gelu_linear, [(3, 37, 48), (24, 48), (24,)]),
+    "strided": (lambda x, w, b: kernels.conv1d_time_major(x, w, b, 2), [(2, 65, 48), (24, 48, 3), (24,)]),
+    "grouped": (lambda x, w, b: kernels.grouped_conv1d_same(x, w, b, 4), [(2, 37, 48), (48, 12, 19), (48,)]),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_under_autocast_weights_are_kept_as_they_are(name):
+    """Values and gradients are those of torch's own function under autocast; for the backward pass the weight itself is
+    kept, and nothing of its size in half precision."""
+    fast, shapes = WEIGHTED[name]
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    kept = []
+
+    def note(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = fast(*inputs)
+    with torch.autocast("cpu", torch.bfloat16), kernels.plain():
+        expected = fast(*inputs)
+    grad = torch.randn_like(expected)
+    ours, theirs = torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert [g.dtype for g in ours] == [torch.float32] * 3
+    near([y.float(), *ours], [expected.float(), *theirs], 0.01)
+    assert any(tensor.data_ptr() == inputs[1].data_ptr() for tensor in kept)
+    assert not any(tensor.dtype == torch.bfloat16 and tensor.numel() == inputs[1].numel() for tensor in kept)
+
+
 def test_plain_is_torchs_own(monkeypatch):
     def refuse(*args):
         raise AssertionError("the fast form ran")

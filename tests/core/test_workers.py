@@ -75,11 +75,15 @@ def test_one_killed_by_hand_between_samples(make, quick):
     toy = make("data.num_samples=14")
     expected = read(toy)
     said: list[str] = []
-    loader = iter(
-        StepLoader(toy, toy.dataset("train"), seed=3, num_workers=2, worker_policy=WorkerPolicy(3, 60.0, said.append))
+    whole = StepLoader(
+        toy, toy.dataset("train"), seed=3, num_workers=2, worker_policy=WorkerPolicy(3, 60.0, said.append)
     )
+    loader = iter(whole)
     steps = [next(loader)]
-    time.sleep(0.5)  # they have read ahead as far as they may, and wait
+    quiet = 0
+    while quiet < 5:  # until they have read ahead as far as they may, and wait
+        time.sleep(0.2)
+        quiet = 0 if whole._loader.reader.desk.seconds() else quiet + 1
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     for child in children:
         os.kill(int(child), signal.SIGKILL)
