@@ -595,8 +595,11 @@ def run_suite(args: argparse.Namespace, result: dict[str, Any], save: Callable[[
             row.update(measure(cases, args.rounds))
             report(row, args)
 
+        def same_loss(row: dict[str, Any] = row, cases: list[Case] = cases) -> None:
+            row["verified"] = verify(cases[0].args)
+
         if not args.no_verify:
-            part(f"{name}, same loss", lambda row=row, cases=cases: row.update(verified=verify(cases[0].args)))
+            part(f"{name}, same loss", same_loss)
         if not args.no_memory:
             part(f"{name}, memory", memory)
         part(f"{name}, time", timing)
