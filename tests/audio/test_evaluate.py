@@ -287,9 +287,14 @@ def test_a_ladder_and_its_continuation(place: Path, monkeypatch: pytest.MonkeyPa
         (["from=pre", "seeds=0"], "seeds=0 must be at least 1"),
         (["from=pre", "weights=[studnt]"], "weights=studnt must be one of"),
         (["from=pre", "labels=[1h,1h]"], "each once"),
+        (["from=pre", "data.path=train"], "no transcript among them"),
+        (["from=pre", "data.path=untested.tsv"], "has no test part to score: train has 8 clips, dev has 3 clips. Name"),
     ],
 )
 def test_a_ladder_refuses(place: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str) -> None:
     monkeypatch.chdir(place)
+    lines = (place / "table.tsv").read_text().splitlines(keepends=True)
+    (place / "untested.tsv").write_text("".join(line for line in lines if not line.startswith("test/")))
     with pytest.raises(UserError, match=said):
         ladder.main([*words, "labels=[6]"] if not any(word.startswith("labels") for word in words) else words)
+    assert not (place / "pre" / "ladder").exists()

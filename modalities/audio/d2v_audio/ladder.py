@@ -108,6 +108,7 @@ def ladder(config: LadderConfig, rest: Sequence[str]) -> int:
     preset = next((word.partition("=")[2] for word in rest if word.startswith("preset=")), None)
     of_run = str(read_yaml(source / "config.yaml").get("preset", ""))
     presets = {labels: preset or _preset(of_run, labels) for labels in amounts}
+    _check_data(rest, config.part)
     rest = [word for word in rest if not word.startswith("preset=")]
     cells = list(product(amounts, range(config.seeds), config.weights))
     for number, (labels, seed, weights) in enumerate(cells, 1):
@@ -157,6 +158,7 @@ def sequel(given: Mapping[str, str]) -> Sequel | None:
         _preset(given.get("preset", "tiny"), labels)  # refuses what no preset is made for
     rest = [f"{key}={value}" for key, value in later.items()]
     rest += [f"{key}={given[key]}" for key in SHARED if key in given] + ([f"preset={preset}"] if preset else [])
+    _check_data(rest, config.part)
 
     def run(folder: Path) -> int:
         return ladder(replace(config, out=str(folder / "words")), [f"from={folder}", *rest])
@@ -188,7 +190,7 @@ def _preset(of_run: str, labels: str) -> str:
     from d2v_audio.modality import AudioModality
 
     there = sorted(path.stem for path in (AudioModality.recipes() / "finetune").glob("*_*.yaml"))
-    stems = dict.fromkeys((of_run, of_run.rstrip("2")))
+    stems = dict.fromkeys((of_run, of_run.rstrip("2"), of_run.partition("_")[0].rstrip("2")))
     for name in (name for stem in stems for name in (f"{stem}_{labels}", f"ctc_{stem}")):
         if name in there:
             return name
@@ -221,6 +223,28 @@ def _check(config: LadderConfig, of_weights: Mapping[str, Sequence[str]] | None 
             raise UserError(f"lm={lm} is neither none, nor 4gram or the like, nor a file.")
         if Path(lm).expanduser().is_file() and not is_binary(lm):
             arpa_words(Path(lm).expanduser())  # broken ones are refused before the first run
+
+
+def _check_data(words: Sequence[str], part: str) -> None:
+    """Raises UserError where the data.path of these words has no transcripts, or not the part that is to be scored."""
+    from d2v_audio.classification import LabelledConfig
+    from d2v_audio.data import AudioConfig
+    from d2v_audio.transcripts import TranscriptsConfig, read_transcribed
+
+    def section(name: str, kind: type) -> Any:
+        return options(kind, [word.partition(".")[2] for word in words if word.startswith(f"{name}.")], "ladder")
+
+    data, transcripts = section("data", AudioConfig), section("transcripts", TranscriptsConfig)
+    if data.path is None or not Path(data.path).expanduser().exists():
+        return  # built-in, or refused where it is opened
+    data = replace(data, verify="headers", rate_policy="resample")
+    parts = read_transcribed(data, transcripts, section("labelled", LabelledConfig).split_column, 1).parts
+    if part == "test" and not parts["test"] and transcripts.test_path is None:
+        there = ", ".join(f"{name} has {len(clips)} clips" for name, clips in parts.items() if clips)
+        raise UserError(
+            f"data.path={data.path} has no test part to score: {there}. Name it by transcripts.test= or "
+            "transcripts.test_path=, or score the dev part by part=dev."
+        )
 
 
 def _short(lm: str) -> str:
