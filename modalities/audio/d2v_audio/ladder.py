@@ -344,7 +344,7 @@ def collect(out: Path, config: LadderConfig) -> list[Row]:
 
 def _head(config: LadderConfig) -> list[str]:
     columns = [NAMES[weights] for weights in config.weights]
-    return ["labels", "LM", *columns, *(["difference", "p"] if len(config.weights) > 1 else [])]
+    return ["labels", "LM", *columns, *(["difference", "relative", "p"] if len(config.weights) > 1 else [])]
 
 
 def _cells(row: Row, config: LadderConfig) -> list[str]:
@@ -355,7 +355,10 @@ def _cells(row: Row, config: LadderConfig) -> list[str]:
         seeds = f"\nseeds {min(rates):.1f} to {max(rates):.1f}" if len(rates) > 1 else ""
         cells.append(f"{score.total.rate:.1f} ({score.low:.1f} to {score.high:.1f}){seeds}")
     if row.gain is not None:
-        cells += [f"{row.gain.difference:+.1f} ({row.gain.low:+.1f} to {row.gain.high:+.1f})", f"{row.gain.p:.4f}"]
+        gain = row.gain
+        cells.append(f"{gain.difference:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})")
+        cells.append(f"{gain.relative:+.0f} % ({gain.relative_low:+.0f} to {gain.relative_high:+.0f})")
+        cells.append(f"{gain.p:.4f}")
     return cells
 
 
