@@ -148,8 +148,8 @@ class AudioModality(Modality[AudioSample]):
         return open_dataset(self.data, split, self.config.seed, self.min_samples)
 
     def all_samples(self) -> Dataset[AudioSample]:
-        """Every clip of data.path that makes a token: what is damaged or too short for one is left out by name. The bounds that are
-        training's own, data.min_s, data.max_s and data.max_bad_ratio, do not count."""
+        """Every clip of data.path that makes a token: what is damaged or too short for one is left out by name. What is
+        training's own, data.min_s, data.max_s, data.max_bad_ratio, data.also and data.repeat, does not count."""
         data = replace(self.data, max_bad_ratio=1.0, verify="headers", also=[], repeat=[])
         return open_dataset(data, "train", self.config.seed, self.geometry.min_samples)
 
