@@ -267,7 +267,7 @@ KEYS: Mapping[str, tuple[Any, str]] = {
     "resume": ("never", "never = start anew in an empty folder; auto = go on with the run in `out` if there is one."),
 }
 RESUME = ("never", "auto")
-DATA_OF_RUN = ("path", "split")
+DATA_OF_RUN = ("path", "split", "also", "repeat")
 """Options of a modality's section `data` that name the data of one run and are not handed on to the next."""
 
 

@@ -188,7 +188,8 @@ def _of_data(run: Path, path: Path | None, given: Mapping[str, str]) -> dict[str
     if path is None or not (run / "config.yaml").is_file():
         return dict(given)
     data = read_yaml(run / "config.yaml").get("data")
-    own = {f"data.{key}": "null" for key in DATA_OF_RUN if isinstance(data, dict) and key in data}
+    stored = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
+    own = {f"data.{key}": "[]" if isinstance(stored[key], list) else "null" for key in DATA_OF_RUN if key in stored}
     return {**own, "data.path": str(path), **given}
 
 

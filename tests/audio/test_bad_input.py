@@ -149,6 +149,9 @@ def test_a_word_that_cannot_be(d2v: Run, tmp_path: Path, word: str, fragments: l
         ("data.sample_rate=16", "data.sample_rate=16 must lie between 4000 and 768000 Hz"),
         ("data.synthetic_clips=0", "data.synthetic_clips=0 must be above 0"),
         ("data.max_bad_ratio=30", "data.max_bad_ratio=30.0 must lie between 0 and 1"),
+        ("data.also=[x]", "data.also=['x'] goes together with data.path, which is not given"),
+        ("data.path=x data.also=[y] data.repeat=[2]", "data.repeat=[2] must have a number from 1 on for data.path and"),
+        ("data.path=x data.repeat=[0]", "data.repeat=[0] must have a number from 1 on"),
         ("data.micro_batch_s=7", "data.micro_batch_s=7.0 must lie between 0 and data.batch_s=6.0"),
         ("mask.mask_prob=1.5", "mask.mask_prob=1.5 must lie between 0 and 1"),
         ("mask.mask_length=0", "mask.mask_length=0 must be at least 1"),
@@ -307,6 +310,26 @@ def test_every_file_too_short(d2v: Run) -> None:
 def test_a_batch_smaller_than_one_clip(d2v: Run) -> None:
     clips("speech", 3)
     assert d2v("data.path=speech", "data.batch_s=0.5").status == 0
+
+
+def test_several_data_sets(d2v: Run, tmp_path: Path) -> None:
+    clips("speech", 5)
+    clips("more", 2, ".wav", rate=8000)
+    answer = d2v("data.path=speech", "data.also=[more]", "data.repeat=[1,3]", "train.max_steps=6", "out=run")
+    assert answer.status == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for text in (answer.out, summary["data"]):
+        assert "speech: 5 clips" in text
+        assert "more, 3 times an epoch: 2 clips, 0.00 h at 16000 Hz; 2 resampled" in text
+    data = load_config(["stage=finetune", "from=run"])[0].to_dict()["data"]
+    assert (data["path"], data["also"], data["repeat"]) == (None, [], [])  # which fine-tuning would refuse
+
+
+def test_several_data_sets_of_which_one_cannot_be(d2v: Run, tmp_path: Path) -> None:
+    clips("speech")
+    refused(d2v("data.path=speech", "data.also=[speach]", "out=run"), "data.also=speach does not exist", "'speech'?")
+    refused(d2v("data.path=speech", "data.also=[speech]", "out=run"), "name speech twice", "data.repeat")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_name_that_looks_like_markup(d2v: Run, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from d2v_audio.synthetic import SyntheticSpeech
 from d2v_audio.transcribe import captions, emissions_of, written
 from d2v_audio.words import SearchConfig
 from d2v_core import cli
+from d2v_core.config import read_yaml
 from d2v_core.errors import UserError
 
 SIZES = (("train", 8), ("dev", 3), ("test", 4))
@@ -226,6 +227,7 @@ def test_captions_end_at_pauses_and_lengths() -> None:
 def test_a_ladder_and_its_continuation(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     words = [f"from={place}/pre", f"data.path={place}/table.tsv", "labels=[6]", "lm=[none,1gram]", "seeds=2"]
     words += ["decode.beam=5", "decode.engine=builtin", f"out={place}/ladder", *TUNE]
+    words += ["optim.lr=2e-3", "untrained.optim.lr=4e-3", "untrained.finetune.head_lr=1e-2"]
     done: list[Path] = []
     real = ladder.evaluate
 
@@ -254,6 +256,11 @@ def test_a_ladder_and_its_continuation(place: Path, monkeypatch: pytest.MonkeyPa
             each = [json.loads(result)["wer"]["rate"] for result in results]
             assert one["wer_of_seeds"] == each
             assert one["wer"] == pytest.approx(sum(each) / 2, abs=1e-2)
+            for cell in cells:
+                tune = read_yaml(cell / "config.yaml")
+                rates = (tune["optim"]["lr"], tune["finetune"]["head_lr"])
+                assert rates == ((4e-3, 1e-2) if name == "untrained" else (2e-3, 2e-2))
+        assert table["options"]["untrained"] == ["optim.lr=4e-3", "finetune.head_lr=1e-2"]
         pre, un = row["weights"]["student"]["wer"], row["weights"]["untrained"]["wer"]
         assert row["gain"]["difference"] == pytest.approx(pre - un, abs=1e-2)
     text = (place / "ladder" / "ladder.md").read_text()
@@ -274,12 +281,20 @@ def test_a_ladder_and_its_continuation(place: Path, monkeypatch: pytest.MonkeyPa
         (["from=nowhere"], "no config.yaml"),
         (["from=pre", "seed=3"], "sets seed of each cell itself"),
         (["from=pre", "lm=[none,4grams]"], "neither none"),
+        (["from=pre", "untrained.seed=3"], "sets seed of each cell itself"),
+        (["from=pre", "untrained.labels=[6]"], r"untrained.labels=\[6\]: this is the same for all cells"),
+        (["from=pre", "teacher.optim.lr=1"], r"teacher.optim.lr=1, but weights=\['student', 'untrained'\] has no"),
         (["from=pre", "seeds=0"], "seeds=0 must be at least 1"),
         (["from=pre", "weights=[studnt]"], "weights=studnt must be one of"),
         (["from=pre", "labels=[1h,1h]"], "each once"),
+        (["from=pre", "data.path=train"], "no transcript among them"),
+        (["from=pre", "data.path=untested.tsv"], "has no test part to score: train has 8 clips, dev has 3 clips. Name"),
     ],
 )
 def test_a_ladder_refuses(place: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str) -> None:
     monkeypatch.chdir(place)
+    lines = (place / "table.tsv").read_text().splitlines(keepends=True)
+    (place / "untested.tsv").write_text("".join(line for line in lines if not line.startswith("test/")))
     with pytest.raises(UserError, match=said):
         ladder.main([*words, "labels=[6]"] if not any(word.startswith("labels") for word in words) else words)
+    assert not (place / "pre" / "ladder").exists()

@@ -436,6 +436,7 @@ def test_folders_that_are_no_task(d2v: Call, tmp_path: Path):
     refused(d2v("data.path=flat"), "has no class folders", "CLASS/CLIP.wav", "columns file and label")
     refused(d2v("data.path=flat/0.wav"), "is one file: expected a folder of class folders")
     refused(d2v("data.path=flat", "data.split=x"), "data.split=x is for pre-training")
+    refused(d2v("data.path=flat", "data.also=[x]"), "data.also=['x'] and data.repeat=[] are for pre-training")
     tones(tmp_path / "one", 3, ("low",))
     refused(d2v("data.path=one"), "one class only, 'low'")
     for part in ("train", "test"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from d2v_audio.data import AudioSample, normalise
@@ -48,6 +49,28 @@ def test_parameter_counts_of_the_official_models(preset, pretraining, without_he
         assert count(encoder.positions.parameters()) == 3_505_920
         assert count(model.student.transformer.blocks[0].parameters()) == 7_087_872
         assert count(model.predictor.parameters()) == 590_592
+
+
+def test_several_data_sets_as_one(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for folder, lengths in {"a": (20000, 30000), "b": (25000,)}.items():
+        (tmp_path / folder).mkdir()
+        for i, length in enumerate(lengths):
+            soundfile.write(tmp_path / folder / f"{i}.wav", 0.1 * rng.standard_normal(length), 16000)
+    a, b = tmp_path / "a", tmp_path / "b"
+    made = modality(f"data.path={a}", f"data.also=[{b}]", "data.repeat=[1,3]", *SMALL)
+    together = made.dataset("train")
+    assert list(together.sizes) == [20000, 30000, 25000, 25000, 25000]
+    names = [together.id(i) for i in range(len(together))]
+    assert names == ["0:0.wav", "0:1.wav", "1:0.wav", "1:0.wav#2", "1:0.wav#3"]
+    alone = [modality(f"data.path={a}", *SMALL).dataset("train"), modality(f"data.path={b}", *SMALL).dataset("train")]
+    for i, (part, inside) in enumerate([(0, 0), (0, 1), (1, 0), (1, 0), (1, 0)]):
+        assert np.array_equal(together[i].waveform, alone[part][inside].waveform)
+    steps = iter(StepLoader(made, together, seed=0))
+    heard: list[str] = []
+    while len(heard) < len(together):  # the first epoch
+        heard += [name for batch in next(steps)[2] for name in batch.ids]
+    assert sorted(heard) == names
 
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in AudioModality.recipes().glob("*.yaml")))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from d2v_audio import ladder
 from d2v_core import cli
@@ -65,6 +67,12 @@ def test_options_of_either_half() -> None:
 def test_what_cannot_follow_is_refused_first(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         with_sequel(words)
+
+
+def test_data_without_transcripts_are_refused_first(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    with pytest.raises(UserError, match="1 clips but no transcript among them"):
+        with_sequel(["modality=audio", "stage=all", f"data.path={tmp_path}"])
 
 
 def test_pretraining_then_the_table(

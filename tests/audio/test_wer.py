@@ -65,12 +65,19 @@ def test_paired_comparison():
     got = compare(worse, better, speakers)
     assert got.difference == got.low == got.high == 10.0
     assert got.p == 2 / 10_001  # no draw on the other side
+    assert got.relative == got.relative_low == got.relative_high == pytest.approx(100 / 3)
+    faultless = compare(worse, [Edits(0, 0, 0, n) for n in lengths], speakers)
+    assert faultless.difference == 40.0 and np.isnan(faultless.relative)
     assert compare(better, worse, speakers).difference == -10.0
     same = compare(worse, worse, speakers)
     assert same.difference == 0.0 and same.p == 1.0
     # Half the speakers one way, half the other: no difference, whatever the size of the single ones.
     mixed = [Edits(4 + 3 * (-1) ** i, 0, 0, 10) for i in range(40)]
     assert compare(mixed, worse, speakers).p > 0.5
+    uneven = compare(
+        [Edits(2 * i, 0, 0, 100) for i in range(1, 41)], [Edits(3 * i, 0, 0, 100) for i in range(1, 41)], speakers
+    )
+    assert uneven.low < uneven.high and uneven.relative_low == pytest.approx(-100 / 3)  # a third less of each speaker
     with pytest.raises(ValueError, match="other references"):
         compare(worse, [Edits(0, 0, 0, 9)] * 40, speakers)
 

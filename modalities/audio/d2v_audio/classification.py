@@ -133,7 +133,7 @@ def open_classification(modality: AudioModality) -> Task[AudioSample]:
     """The task of `data.path`, or the built-in one. Raises UserError saying what was found and what was expected."""
     data, config = modality.data, modality.config.section("labelled", LabelledConfig)
     config.check(data.max_s)
-    refuse_split(data)
+    refuse_options_of_pretraining(data)
     if data.path is None:
         return _first_words(modality, config)
     refuse_shards(data.path)
@@ -155,8 +155,13 @@ def open_classification(modality: AudioModality) -> Task[AudioSample]:
     return _task(modality, found, report, config)
 
 
-def refuse_split(data: AudioConfig) -> None:
-    """data.split is an option of pre-training."""
+def refuse_options_of_pretraining(data: AudioConfig) -> None:
+    """data.split, data.also and data.repeat are options of pre-training."""
+    if data.also or data.repeat:
+        raise UserError(
+            f"data.also={data.also} and data.repeat={data.repeat} are for pre-training. Labelled data is one folder or "
+            "table: leave them out."
+        )
     if data.split is not None:
         raise UserError(
             f"data.split={data.split} is for pre-training. Labelled data say themselves what is for train, dev and "

@@ -16,6 +16,7 @@ from d2v_audio.files import MAX_RATE, BadClip, Clip, ScanReport, read, scan
 from d2v_audio.synthetic import MIN_SAMPLE_RATE, PHONES, SILENCE, SyntheticSpeech, frame_labels
 from d2v_core.config import opt
 from d2v_core.contract import BadSample, Dataset, Inventory, ProbeTask
+from d2v_core.errors import UserError
 from d2v_core.shards import shard_numbers
 from d2v_core.sources import Item
 
@@ -33,6 +34,10 @@ class AudioConfig:
         None, "Folder searched for audio, .tsv manifest, or one file; null = the built-in synthetic speech."
     )
     split: str | None = opt(None, "Rows of a .tsv table with this value in its column `split`; null = all.")
+    also: list[str] = opt([], "More folders, manifests or files to pre-train on together with data.path.")
+    repeat: list[int] = opt(
+        [], "How many times an epoch hears data.path and each of data.also, in this order; empty = once each."
+    )
     sample_rate: int = opt(16000, "Hz, of what the network sees.")
     rate_policy: Literal["resample", "refuse"] = opt("resample", "What to do with files of another rate.")
     min_s: float = opt(0.5, "Shorter clips are dropped and counted, seconds.")
@@ -75,6 +80,13 @@ class AudioConfig:
             )
         if not 0 <= self.max_bad_ratio <= 1:
             raise ValueError(f"data.max_bad_ratio={self.max_bad_ratio} must lie between 0 and 1")
+        if self.also and self.path is None:
+            raise ValueError(f"data.also={self.also} goes together with data.path, which is not given")
+        if self.repeat and (self.path is None or len(self.repeat) != 1 + len(self.also) or min(self.repeat) < 1):
+            raise ValueError(
+                f"data.repeat={self.repeat} must have a number from 1 on for data.path and for each of data.also="
+                f"{self.also}, {1 + len(self.also)} in all"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,34 @@ class AudioFiles(Dataset[AudioSample]):
         return self.report.summary()
 
 
+class Together(Dataset[AudioSample]):
+    """Several data sets as one, each as many times as `repeat` says. Ids begin with the number of the data set; a
+    repetition has an id of its own, so that it is cropped and masked in its own way."""
+
+    def __init__(self, parts: Sequence[AudioFiles], names: Sequence[str], repeat: Sequence[int]) -> None:
+        self.parts, self.names, self.repeat = parts, names, repeat
+        self._places = [(p, i, r) for p, part in enumerate(parts) for r in range(repeat[p]) for i in range(len(part))]
+        self.sizes = np.concatenate([np.tile(part.sizes, times) for part, times in zip(parts, repeat, strict=True)])
+        self.left_out = {f"{p}:{name}": why for p, part in enumerate(parts) for name, why in part.left_out.items()}
+        sources = [
+            part.clips[i].source for p, part in enumerate(parts) for _ in range(repeat[p]) for i in range(len(part))
+        ]
+        self.shards = shard_numbers(sources)
+
+    def id(self, index: int) -> str:
+        part, i, time = self._places[index]
+        return f"{part}:{self.parts[part].id(i)}" + (f"#{time + 1}" if time else "")
+
+    def __getitem__(self, index: int) -> AudioSample:
+        part, i, _ = self._places[index]
+        return self.parts[part][i]
+
+    def describe(self) -> str:
+        times = ["" if times == 1 else f", {times} times an epoch" for times in self.repeat]
+        lines = zip(self.names, times, self.parts, strict=True)
+        return "\n".join(f"{name}{how_often}: {part.describe()}" for name, how_often, part in lines)
+
+
 class SyntheticFiles(Dataset[AudioSample]):
     """The built-in corpus, synthesised once and held in memory."""
 
@@ -144,7 +184,22 @@ def open_dataset(config: AudioConfig, split: str, seed: int, min_samples: int) -
         # The corpus is the same for every seed of a run, as a data set on disk would be.
         del seed
         return SyntheticFiles(SyntheticSpeech("train", config.synthetic_clips, 0, config.sample_rate))
-    return AudioFiles(scan_data(config, config.split, min_samples), config.sample_rate)
+    paths = [config.path, *config.also]
+    if same := [path for path in paths if paths.count(path) > 1]:
+        raise UserError(f"data.also={config.also} and data.path name {same[0]} twice. For more of it use data.repeat.")
+    parts = [_files(config, path, min_samples) for path in paths]
+    if len(parts) == 1 and not config.repeat:
+        return parts[0]
+    return Together(parts, paths, config.repeat or [1] * len(parts))
+
+
+def _files(config: AudioConfig, path: str, min_samples: int) -> AudioFiles:
+    try:
+        report = scan_data(replace(config, path=path), config.split, min_samples)
+    except UserError as error:
+        key = "data.path" if path == config.path else "data.also"
+        raise UserError(str(error).replace("data.path", key)) from None
+    return AudioFiles(report, config.sample_rate)
 
 
 def scan_data(config: AudioConfig, split: str | None, min_samples: int, columns: Sequence[str] = ()) -> ScanReport:

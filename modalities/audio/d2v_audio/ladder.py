@@ -33,7 +33,8 @@ HELP = """d2v ladder from=RUN data.path=TRANSCRIBED labels=[10m,1h] lm=[none,4gr
 
 Fine-tunes a pre-trained run on transcripts with every amount of labels and every seed, and the same network untrained;
 scores each with every language model; prints and writes the table (ladder.md, ladder.html, ladder.json). Stopped, it
-goes on by the same command. All options of `d2v run stage=finetune` can be given too; they hold for every cell.
+goes on by the same command. All options of `d2v run stage=finetune` can be given too; they hold for every cell, or,
+with student., teacher. or untrained. before them, for the cells of these weights: untrained.optim.lr=3e-3.
 
 Options, with their defaults:
 """
@@ -99,26 +100,35 @@ def ladder(config: LadderConfig, rest: Sequence[str]) -> int:
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    source, rest = _source(rest)
-    _check(config)
+    of_weights = {name: [word.split(".", 1)[1] for word in rest if word.startswith(f"{name}.")] for name in NAMES}
+    source, rest = _source([word for word in rest if word.split(".")[0] not in NAMES])
+    _check(config, of_weights)
     out = Path(config.out).expanduser() if config.out else source / "ladder"
     amounts = config.labels or ["all"]
     preset = next((word.partition("=")[2] for word in rest if word.startswith("preset=")), None)
     of_run = str(read_yaml(source / "config.yaml").get("preset", ""))
     presets = {labels: preset or _preset(of_run, labels) for labels in amounts}
+    _check_data(rest, config.part)
     rest = [word for word in rest if not word.startswith("preset=")]
     cells = list(product(amounts, range(config.seeds), config.weights))
     for number, (labels, seed, weights) in enumerate(cells, 1):
         say(f"\nCell {number} of {len(cells)}: {NAMES[weights]}, labels {labels}, seed {seed}")
-        status = _cell(out, source, config, [*rest, f"preset={presets[labels]}"], labels, seed, weights, say)
+        words = [*_replaced(rest, of_weights[weights]), f"preset={presets[labels]}"]
+        status = _cell(out, source, config, words, labels, seed, weights, say)
         if status:
             say(f"The ladder goes on from here by the same command; its cells lie in {out}.")
             return status
     rows = collect(out, config)
-    write_tables(out, rows, config, source)
+    write_tables(out, rows, config, source, {"all": rest, **{name: of_weights[name] for name in config.weights}})
     console.print(_table(rows, config, _title(rows, config, source)))
     say(f"Written to {out}: ladder.md, ladder.html, ladder.json")
     return 0
+
+
+def _replaced(words: Sequence[str], by: Sequence[str]) -> list[str]:
+    """`key=value` words, and those of `by` in place of theirs of the same key."""
+    keys = {word.partition("=")[0] for word in by}
+    return [*(word for word in words if word.partition("=")[0] not in keys), *by]
 
 
 BUILT_IN = "ctc_built_in"
@@ -148,6 +158,7 @@ def sequel(given: Mapping[str, str]) -> Sequel | None:
         _preset(given.get("preset", "tiny"), labels)  # refuses what no preset is made for
     rest = [f"{key}={value}" for key, value in later.items()]
     rest += [f"{key}={given[key]}" for key in SHARED if key in given] + ([f"preset={preset}"] if preset else [])
+    _check_data(rest, config.part)
 
     def run(folder: Path) -> int:
         return ladder(replace(config, out=str(folder / "words")), [f"from={folder}", *rest])
@@ -164,10 +175,14 @@ def _source(words: Sequence[str]) -> tuple[Path, list[str]]:
     if not (source / "config.yaml").is_file():
         raise UserError(f"from={source} is not a run folder: it has no config.yaml.")
     rest = [word for word in words if word not in given]
-    for key in ("stage", "seed", "resume", "finetune.weights"):
-        if clash := [word for word in rest if word.startswith(f"{key}=")]:
-            raise UserError(f"{clash[0]}: ladder sets {key} of each cell itself.")
+    _refuse_own(rest)
     return source, rest
+
+
+def _refuse_own(words: Sequence[str]) -> None:
+    for key in ("stage", "seed", "resume", "finetune.weights"):
+        if clash := [word for word in words if word.startswith(f"{key}=")]:
+            raise UserError(f"{clash[0]}: ladder sets {key} of each cell itself.")
 
 
 def _preset(of_run: str, labels: str) -> str:
@@ -175,7 +190,7 @@ def _preset(of_run: str, labels: str) -> str:
     from d2v_audio.modality import AudioModality
 
     there = sorted(path.stem for path in (AudioModality.recipes() / "finetune").glob("*_*.yaml"))
-    stems = dict.fromkeys((of_run, of_run.rstrip("2")))
+    stems = dict.fromkeys((of_run, of_run.rstrip("2"), of_run.partition("_")[0].rstrip("2")))
     for name in (name for stem in stems for name in (f"{stem}_{labels}", f"ctc_{stem}")):
         if name in there:
             return name
@@ -185,8 +200,14 @@ def _preset(of_run: str, labels: str) -> str:
     )
 
 
-def _check(config: LadderConfig) -> None:
+def _check(config: LadderConfig, of_weights: Mapping[str, Sequence[str]] | None = None) -> None:
     config.decode.check()
+    for name, words in (of_weights or {}).items():
+        _refuse_own(words)
+        if clash := [word for word in words if re.split(r"[.=]", word)[0] in (*OWN, "from", "preset", "data")]:
+            raise UserError(f"{name}.{clash[0]}: this is the same for all cells. Give it without {name}.")
+        if words and name not in config.weights:
+            raise UserError(f"{name}.{words[0]}, but weights={config.weights} has no {name}.")
     if config.seeds < 1:
         raise UserError(f"seeds={config.seeds} must be at least 1.")
     for key in ("labels", "lm", "weights"):
@@ -202,6 +223,28 @@ def _check(config: LadderConfig) -> None:
             raise UserError(f"lm={lm} is neither none, nor 4gram or the like, nor a file.")
         if Path(lm).expanduser().is_file() and not is_binary(lm):
             arpa_words(Path(lm).expanduser())  # broken ones are refused before the first run
+
+
+def _check_data(words: Sequence[str], part: str) -> None:
+    """Raises UserError where the data.path of these words has no transcripts, or not the part that is to be scored."""
+    from d2v_audio.classification import LabelledConfig
+    from d2v_audio.data import AudioConfig
+    from d2v_audio.transcripts import TranscriptsConfig, read_transcribed
+
+    def section(name: str, kind: type) -> Any:
+        return options(kind, [word.partition(".")[2] for word in words if word.startswith(f"{name}.")], "ladder")
+
+    data, transcripts = section("data", AudioConfig), section("transcripts", TranscriptsConfig)
+    if data.path is None or not Path(data.path).expanduser().exists():
+        return  # built-in, or refused where it is opened
+    data = replace(data, verify="headers", rate_policy="resample")
+    parts = read_transcribed(data, transcripts, section("labelled", LabelledConfig).split_column, 1).parts
+    if part == "test" and not parts["test"] and transcripts.test_path is None:
+        there = ", ".join(f"{name} has {len(clips)} clips" for name, clips in parts.items() if clips)
+        raise UserError(
+            f"data.path={data.path} has no test part to score: {there}. Name it by transcripts.test= or "
+            "transcripts.test_path=, or score the dev part by part=dev."
+        )
 
 
 def _short(lm: str) -> str:
@@ -301,7 +344,7 @@ def collect(out: Path, config: LadderConfig) -> list[Row]:
 
 def _head(config: LadderConfig) -> list[str]:
     columns = [NAMES[weights] for weights in config.weights]
-    return ["labels", "LM", *columns, *(["difference", "p"] if len(config.weights) > 1 else [])]
+    return ["labels", "LM", *columns, *(["difference", "relative", "p"] if len(config.weights) > 1 else [])]
 
 
 def _cells(row: Row, config: LadderConfig) -> list[str]:
@@ -312,7 +355,10 @@ def _cells(row: Row, config: LadderConfig) -> list[str]:
         seeds = f"\nseeds {min(rates):.1f} to {max(rates):.1f}" if len(rates) > 1 else ""
         cells.append(f"{score.total.rate:.1f} ({score.low:.1f} to {score.high:.1f}){seeds}")
     if row.gain is not None:
-        cells += [f"{row.gain.difference:+.1f} ({row.gain.low:+.1f} to {row.gain.high:+.1f})", f"{row.gain.p:.4f}"]
+        gain = row.gain
+        cells.append(f"{gain.difference:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})")
+        cells.append(f"{gain.relative:+.0f} % ({gain.relative_low:+.0f} to {gain.relative_high:+.0f})")
+        cells.append(f"{gain.p:.4f}")
     return cells
 
 
@@ -333,8 +379,11 @@ def _table(rows: Sequence[Row], config: LadderConfig, title: str) -> Any:
     return table
 
 
-def write_tables(out: Path, rows: Sequence[Row], config: LadderConfig, source: Path) -> None:
-    """ladder.json, ladder.md and ladder.html; each is written anew."""
+def write_tables(
+    out: Path, rows: Sequence[Row], config: LadderConfig, source: Path, given: Mapping[str, Sequence[str]]
+) -> None:
+    """ladder.json, ladder.md and ladder.html; each is written anew. given: options of fine-tuning, of all cells and of
+    each kind of weights."""
     from d2v_audio import report
     from d2v_core.metrics import write_json
 
@@ -346,7 +395,8 @@ def write_tables(out: Path, rows: Sequence[Row], config: LadderConfig, source: P
     body = [f"<h1>{escape(title)}</h1>", plot(rows, config), report.table(head, cells)]
     report.write_page(out / "ladder.html", f"d2v ladder {source}", body)
     write_json(out / "ladder.json", {
-        "from": str(source), "part": config.part, "seeds": config.seeds, "rows": [_row(row) for row in rows],
+        "from": str(source), "part": config.part, "seeds": config.seeds, "options": given,
+        "rows": [_row(row) for row in rows],
     })  # fmt: skip
 
 

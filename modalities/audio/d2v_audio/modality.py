@@ -148,9 +148,9 @@ class AudioModality(Modality[AudioSample]):
         return open_dataset(self.data, split, self.config.seed, self.min_samples)
 
     def all_samples(self) -> Dataset[AudioSample]:
-        """Every clip that makes a token: what is damaged or too short for one is left out by name. The bounds that are
-        training's own, data.min_s, data.max_s and data.max_bad_ratio, do not count."""
-        data = replace(self.data, max_bad_ratio=1.0, verify="headers")
+        """Every clip that makes a token: what is damaged or too short for one is left out by name. What is training's
+        own, data.min_s, data.max_s, data.max_bad_ratio and data.repeat, does not count."""
+        data = replace(self.data, max_bad_ratio=1.0, verify="headers", repeat=[])
         return open_dataset(data, "train", self.config.seed, self.geometry.min_samples)
 
     def sample(self, given: Any) -> AudioSample:

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from d2v_audio.classification import PARTS, LabelledConfig, LabelledFiles, hold_speakers_back, refuse_split, speakers
+from d2v_audio.classification import (
+    PARTS,
+    LabelledConfig,
+    LabelledFiles,
+    hold_speakers_back,
+    refuse_options_of_pretraining,
+    speakers,
+)
 from d2v_audio.data import AudioConfig, AudioSample, normalise, scan_data
 from d2v_audio.files import Clip, ScanReport, table_columns
 from d2v_audio.letters import UNK, Letters, normal
@@ -120,7 +127,7 @@ def open_transcription(modality: AudioModality) -> Task[AudioSample]:
         section("labelled", LabelledConfig),
     )
     labelled.check(data.max_s)
-    refuse_split(data)
+    refuse_options_of_pretraining(data)
     if data.path is None:
         return _built_in(modality, labelled, config)
     refuse_shards(data.path)

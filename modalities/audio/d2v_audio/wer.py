@@ -85,7 +85,8 @@ class Comparison:
     """Of two systems on one set.
 
     difference: rate of the first less that of the second, per cent. low, high: its 95 % interval. p: two-sided, how
-    likely so large a difference were if there was none. resampled: what was drawn.
+    likely so large a difference were if there was none. resampled: what was drawn. relative: the difference in per cent
+    of the second's rate, with its interval from the same draws; nan where the second makes no error.
     """
 
     difference: float
@@ -93,6 +94,9 @@ class Comparison:
     high: float
     p: float
     resampled: str
+    relative: float
+    relative_low: float
+    relative_high: float
 
 
 def compare(
@@ -115,12 +119,17 @@ def compare(
     length = _sums([e.length for e in first], groups)
     if not length.sum():
         nan = float("nan")
-        return Comparison(nan, nan, nan, nan, resampled)
+        return Comparison(nan, nan, nan, nan, resampled, nan, nan, nan)
     differences = _resampled(gaps, length, resamples, seed)
     low, high = (float(x) for x in np.percentile(differences, [2.5, 97.5]))
     smaller = min((differences <= 0).sum(), (differences >= 0).sum())
     p = min(1.0, 2.0 * (float(smaller) + 1) / (resamples + 1))
-    return Comparison(float(100.0 * gaps.sum() / length.sum()), low, high, p, resampled)
+    relative = (float("nan"),) * 3
+    theirs = _sums([b.errors for b in second], groups)
+    if theirs.sum():
+        shares = np.percentile(_resampled(gaps, theirs, resamples, seed), [2.5, 97.5])
+        relative = (float(100.0 * gaps.sum() / theirs.sum()), float(shares[0]), float(shares[1]))
+    return Comparison(float(100.0 * gaps.sum() / length.sum()), low, high, p, resampled, *relative)
 
 
 def _edits(references: Sequence[str], hypotheses: Sequence[str], letters: bool) -> list[Edits]:
