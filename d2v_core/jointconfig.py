@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -160,15 +159,9 @@ class JointConfig:
 
 
 class Joint:
-    """The modalities of a joint run. Raises UserError where one of them refuses its configuration, or where several
-    processes were started for it."""
+    """The modalities of a joint run. Raises UserError where one of them refuses its configuration."""
 
     def __init__(self, config: JointConfig) -> None:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: several processes were started, and a joint run is one "
-                "process's. Start it without torchrun."
-            )
         self.config = config
         self.members: dict[str, Modality[Any]] = {}
         for name, kind in config.kinds.items():

@@ -324,7 +324,7 @@ def test_training_withholds_and_scoring_never_does(make) -> None:
     seen = list(labelled_batches(made, task.dev, padded, None))
     assert sum(len(batch.ids) for batch in seen) == 8
     assert all("withheld" not in batch.inputs and batch.corruption is None for batch in seen)
-    with pytest.raises(UserError, match="blank log-mel bands, which encoder=waveform does not"):
+    with pytest.raises(UserError, match="blank log-mel bands, which only encoder=logmel has"):
         AugmentConfig(band_masks=1).check(WaveformConfig())
 
 

@@ -237,9 +237,11 @@ def test_a_modality_that_is_installed_but_not_in_the_list(d2v: Callable[..., tup
 def test_several_processes_are_refused(
     d2v: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, text = d2v(*words(tmp_path / "run"), "launch.processes=2")
+    assert status == 2 and "A run of several modalities has one process: leave out launch.processes" in text
+    monkeypatch.setenv("WORLD_SIZE", "2")  # what torchrun sets
     status, text = d2v(*words(tmp_path / "run"))
-    assert status == 2 and "WORLD_SIZE=2: several processes were started, and a joint run is one process's." in text
+    assert status == 2 and "A run of several modalities has one process" in text
     assert not (tmp_path / "run").exists()
 
 
