@@ -92,6 +92,7 @@ class Processes:
         return values
 
     def total(self, number: int) -> int:
+        """The sum over all of them."""
         return sum(self.gather(number))
 
     def by_first(self, call: Callable[[], T]) -> T:
@@ -409,6 +410,7 @@ def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> None:
 
 
 def is_sharded(config: RunConfig) -> bool:
+    """Whether each process keeps a part of the network only."""
     return current().count > 1 and config.launch.strategy == "fsdp2"
 
 
@@ -441,7 +443,9 @@ class Sharing(Protocol):
     parameters: list[nn.Parameter]
     """What the optimizer moves in this process."""
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """`parameters`, and where frozen ones are at hand these too, by the network's names."""
+        ...
 
     def rounds(self, step: int, batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
         """The micro-batches to run through the network, and whether each counts."""
@@ -463,18 +467,23 @@ class Sharing(Protocol):
         """The tensors of a network as one process has them; where they are sharded, in the first process alone."""
         ...
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]: ...
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What one process would store of it; where it is sharded, in the first process alone."""
+        ...
 
-    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None: ...
+    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """From `optimizer_state` of any number of processes."""
+        ...
 
 
 def sharing_of(model: nn.Module, config: RunConfig) -> Sharing:
+    """As the configuration says, for as many processes as there are."""
     if is_sharded(config):
         return Sharded(model, config.seed)
     return Unshared(model) if current().count == 1 else Replicated(model)
 
 
-class Unshared:
+class Unshared(Sharing):
     """One process."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -595,7 +604,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-class Sharded:
+class Sharded(Sharing):
     """Each process keeps its rows of every parameter (torch's `fully_shard`). The optimizer moves these alone.
 
     Collectives run inside every forward and backward pass, so that all processes need the same number of them: one with

@@ -149,6 +149,7 @@ class MemberUpdater(Updater):
         torch._foreach_mul_(gradients, self.factor())  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     def factor(self) -> Tensor:
+        """() what this member's gradient is multiplied by in the transformer."""
         balance = self.balance.factor(self.number) if self.balanced else torch.ones_like(self.balance.lengths[0])
         return self.weight * balance
 

@@ -107,14 +107,17 @@ class JointConfig:
 
     @property
     def stage(self) -> str:
+        """A joint run pre-trains."""
         return "pretrain"
 
     @property
     def preset(self) -> str:
+        """Those of all, each once."""
         return "+".join(dict.fromkeys(member.preset for member in self.members.values()))
 
     @property
     def model(self) -> ModelConfig:
+        """The transformer, the same for all."""
         return next(iter(self.members.values())).model
 
     @cached_property

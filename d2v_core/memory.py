@@ -62,6 +62,7 @@ class Heap:
         self.resident = max(self.resident, self.large + round((1.0 + HEAP_SHARE) * self.longest) + FIXED)
 
     def free(self, key: int) -> None:
+        """Give a block back; one that is unknown is none."""
         start, length = self._blocks.pop(key, (0, 0))
         if start < 0:
             self.large -= length

@@ -15,7 +15,9 @@ from d2v_core.config import OptimConfig
 class Named(Protocol):
     """A module, or what stands for one."""
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters, as a module gives them."""
+        ...
 
 
 def make_optimizer(

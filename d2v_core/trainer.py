@@ -74,6 +74,7 @@ class Updater(OptimizerStep):
 
 
 def num_scored(batch: Batch) -> int:
+    """Tokens that the loss counts; 0 of a batch without masks."""
     return 0 if batch.masks is None else len(batch.masks.scored_rows)
 
 

@@ -143,9 +143,14 @@ class Workers(Generic[PlaceT, BatchT]):
                         batch = next(iterator)
                     except StopIteration:
                         return
-                    except RuntimeError as error:
-                        # torch has one class for everything; what a reader raises does not begin like this.
-                        if not str(error).startswith("DataLoader "):
+                    except (RuntimeError, OSError, EOFError) as error:
+                        # torch has one class for everything, but what a reader raises begins with "Caught"; the others
+                        # are what is left of a batch whose process died after it was sent.
+                        slow = str(error).startswith("DataLoader ")
+                        if not slow:
+                            if isinstance(error, RuntimeError) or str(error).startswith("Caught "):
+                                raise
+                            self._look(processes)
                             raise
                     else:
                         yield batch

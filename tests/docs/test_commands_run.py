@@ -21,10 +21,10 @@ from PIL import Image
 import d2v_core
 from d2v_audio import ladder
 from d2v_audio.synthetic import SyntheticSpeech
-from d2v_core import cli
+from d2v_core import cli, plugins
 
 from .test_pages_run import blocks
-from .test_readme import commands
+from .test_readme import PLUGINS, commands
 
 TRAIN = {"train.max_steps": "5", "train.log_every": "1", "train.num_workers": "0", "train.tensorboard": "false",
          "train.num_threads": "1", "train.precision": "fp32"}  # fmt: skip
@@ -41,12 +41,17 @@ OTHERWISE = {"labels=[10m,1h]": "labels=[4,6]", "labels=[10m]": "labels=[4]", "l
              "seeds=3": "seeds=1", "labels=10h": "labels=6", "decode.beam=500": "decode.beam=5",
              "vocab_size=16000": "vocab_size=280", "steps=5": "steps=1", "layers=[2,4]": "layers=[1,2]"}  # fmt: skip
 TYPED_ELSEWHERE = {"docs/plugin.md"}  # by test_pages_run.py
-VERBS = ("new", "plugins")
+VERBS = ("new",)
+
+
+def elsewhere(page: str) -> bool:
+    """Pages of plugins are for the plugins' own tests."""
+    return page in TYPED_ELSEWHERE or page.startswith("plugins/")
 
 
 def typed() -> list[tuple[str, ...]]:
     """Every command once, without the first word."""
-    found = dict.fromkeys(tuple(words[1:]) for page, words in commands() if page not in TYPED_ELSEWHERE)
+    found = dict.fromkeys(tuple(words[1:]) for page, words in commands() if not elsewhere(page))
     return [words for words in found if words[0] not in VERBS and "seismic" not in " ".join(words)]
 
 
@@ -81,6 +86,7 @@ def write_images(place: Path) -> None:
             for i in range(count):
                 pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(place / "ImageNet" / part / name / f"{i}.jpeg")
+    shutil.copytree(place / "ImageNet" / "train", place / "photographs")
     (place / "cifar-10").mkdir()
     for name in ("data_batch_1.bin", "test_batch.bin"):
         (place / "cifar-10" / name).write_bytes(rng.integers(0, 10, (16, 3073), dtype=np.uint8).tobytes())
@@ -131,6 +137,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for run in ("fine", "other"):
             type_it("evaluate", f"runs/{run}", "decode.engine=builtin")
         shutil.rmtree("runs/fine/evaluate-test")
+        type_it(*shortened(("run", "modality=[audio,vision,text]", "out=runs/my-joint"), place))
         yield place
     finally:
         os.chdir(before)
@@ -152,7 +159,13 @@ def shortened(words: Sequence[str], place: Path) -> list[str]:
     verb, stage, text = words[0], stage_of(words), " ".join(words)
     modality = next((name for name in DATA if f"modality={name}" in words), "audio")
     more: dict[str, str] = {}
-    if verb == "run" and stage in ("pretrain", "all"):
+    if verb == "run" and "modality=[" in text:
+        members = re.search(r"modality=\[([a-z,]+)\]", text)[1].split(",")
+        own = {f"{name}.{key}": value for name in members for key, value in DATA[name].items()}
+        more |= {**TRAIN, **NETWORK, **own, "train.max_steps": "6", "train.probe": "false"}
+    elif verb == "run" and {word.removeprefix("modality=") for word in words} & PLUGINS:
+        more |= {**TRAIN, "train.probe": "false"}
+    elif verb == "run" and stage in ("pretrain", "all"):
         more |= {**TRAIN, **NETWORK, **DATA[modality], "train.probe": "false"}
         if modality == "audio" and re.search(r"preset=(base|large)", text):
             more["features.channels"] = "32"
@@ -193,6 +206,9 @@ def tidied(words: Sequence[str]) -> None:
 def test_a_command_runs(
     place: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    named = {word.partition("=")[2] for word in words if word.startswith(("modality=", "encoder="))} | {*words[1:2]}
+    for name in sorted(named & PLUGINS - {*plugins.names(), *plugins.names(plugins.ENCODERS)}):
+        pytest.skip(f"plugins/{name} is not installed: pip install ./plugins/{name}")
     monkeypatch.chdir(place)
     real = ladder.ladder
 
@@ -232,6 +248,6 @@ def test_the_page_on_features(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_command_is_passed_over() -> None:
-    left = {tuple(words[1:]) for page, words in commands() if page not in TYPED_ELSEWHERE} - set(typed())
+    left = {tuple(words[1:]) for page, words in commands() if not elsewhere(page)} - set(typed())
     assert left == {("new", "seismic"), ("check", "seismic"), ("run", "modality=seismic")}
     assert len(typed()) > 40

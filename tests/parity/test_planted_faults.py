@@ -282,7 +282,7 @@ def teacher_moves_before_the_optimizer_does(patch: pytest.MonkeyPatch) -> None:
 
 @updates("log 0 grad_norm")
 def gradients_not_divided_by_the_masked_places(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trainer, "_num_scored", lambda batch: 1)
+    patch.setattr(trainer, "num_scored", lambda batch: 1)
 
 
 @updates("after1.student.", "after3.student.")

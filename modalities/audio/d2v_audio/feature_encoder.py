@@ -217,6 +217,7 @@ class StretchGeometry:
         self.hop_s, self.offset_s = self.hop / sample_rate, self.hop / 2 / sample_rate
 
     def num_tokens(self, num_samples):
+        """Of a waveform of so many samples, a number or a tensor of them."""
         return num_samples // self.hop
 
 

@@ -130,6 +130,7 @@ class ReadBytes(nn.Module):
         self.register_buffer("table", torch.tensor(padded, dtype=torch.int16), persistent=False)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> RawValues:
+        """The bytes of each token of ids (B, T)."""
         ids = inputs["ids"]
         return RawValues(self.of(ids), inputs.get("padding_mask"), (ids.shape[1],))
 
