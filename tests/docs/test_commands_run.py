@@ -37,7 +37,8 @@ DATA = {
 }  # fmt: skip
 TUNE = {"finetune.eval_every": "5", "finetune.head_steps": "5", "finetune.batch": "8"}
 SEARCH = {"decode.engine": "builtin", "decode.beam": "5"}
-OTHERWISE = {"labels=[10m,1h]": "labels=[4,6]", "labels=[10m]": "labels=[4]", "labels=10m": "labels=6",
+OTHERWISE = {"labels=[10m,1h]": "labels=[4,6]", "labels=[10m]": "labels=[4]", "labels=[3m]": "labels=[4]",
+             "labels=10m": "labels=6",
              "seeds=3": "seeds=1", "labels=10h": "labels=6", "decode.beam=500": "decode.beam=5",
              "vocab_size=16000": "vocab_size=280", "steps=5": "steps=1", "layers=[2,4]": "layers=[1,2]"}  # fmt: skip
 TYPED_ELSEWHERE = {"docs/plugin.md"}  # by test_pages_run.py
@@ -121,14 +122,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         sf.write("speech.flac", clip, 16000)
         sf.write("speech.wav", clip, 16000)
         sf.write("talk.mp3", clip, 16000)
-        Path("transcripts.txt").write_text(
-            "\n".join(SyntheticSpeech("train", 8)[i].transcript for i in range(8)) + "\n"
-        )
+        for name in ("transcripts.txt", "train.txt"):
+            Path(name).write_text("\n".join(SyntheticSpeech("train", 8)[i].transcript for i in range(8)) + "\n")
         type_it("lm", "train", "transcripts.txt", "order=2", "out=lm.arpa")
         type_it("tokenizer", "train", "my/text", "vocab_size=280", "out=made.json")
         pre = ("run", "modality=audio", "stage=pretrain", "train.probe=false", "features.stride=2")
         type_it(*shortened((*pre, "out=runs/pre", "data.path=/my/speech"), place))
-        for name in ("my-run", "tiny", "small"):
+        for name in ("my-run", "tiny", "small", "an4-pre"):
             shutil.copytree("runs/pre", f"runs/{name}")
         type_it(*shortened(("run", "modality=audio", "preset=base", "train.probe=false", "out=runs/my-base"), place))
         fine = ("run", "stage=finetune", "preset=ctc_tiny", "from=runs/pre", "data.path=/my/table.tsv", "out=runs/fine")
@@ -154,7 +154,7 @@ def stage_of(words: Sequence[str]) -> str:
 def shortened(words: Sequence[str], place: Path) -> list[str]:
     """The command with the reader's paths where they lie here, of five steps, small."""
     words = [OTHERWISE.get(word, word) for word in words]
-    words = [re.sub(r"(^|=)/", rf"\1{place}/", word) for word in words]
+    words = [re.sub(r"(^|=|\[)/", rf"\1{place}/", word) for word in words]
     given = {word.partition("=")[0] for word in words}
     verb, stage, text = words[0], stage_of(words), " ".join(words)
     modality = next((name for name in DATA if f"modality={name}" in words), "audio")
@@ -222,8 +222,8 @@ def test_a_command_runs(
         monkeypatch.setattr(ladder, "ladder", short)
     if "data.tokenizer=tokenizer.json" in words and not Path("tokenizer.json").exists():
         shutil.copyfile("made.json", "tokenizer.json")
-    if "out=runs/small" in words:  # a run of that name is there for a later command
-        words = tuple(word.replace("out=runs/small", "out=runs/small-again") for word in words)
+    for out in {"out=runs/small", "out=runs/an4-pre"} & set(words):  # runs of these names are there for others
+        words = tuple(f"{out}-again" if word == out else word for word in words)
     full = shortened(words, place)
     tidied(full)
     status = cli.main(full)
