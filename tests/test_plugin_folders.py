@@ -29,11 +29,11 @@ def test_a_folder_is_whole(folder: Path) -> None:
 def test_an_installed_one_is_found(folder: Path) -> None:
     text = (folder / "pyproject.toml").read_text(encoding="utf-8")
     name = re.search(r'^name = "([\w-]+)"', text, re.MULTILINE)
+    group = re.search(r'^\[project\.entry-points\."([\w.]+)"\]', text, re.MULTILINE)
     points = re.findall(r'^(\w+) = "(d2v_[\w.:]+)"', text, re.MULTILINE)
-    assert name is not None and points
+    assert name is not None and group is not None and points
     try:
         version(name[1])
     except PackageNotFoundError:
         pytest.skip(f"{name[1]} is not installed: pip install ./plugins/{folder.name}")
-    found = {(e.name, e.value) for group in ("d2v.modalities", "d2v.commands") for e in entry_points(group=group)}
-    assert set(points) <= found
+    assert set(points) <= {(entry.name, entry.value) for entry in entry_points(group=group[1])}
