@@ -116,16 +116,16 @@ def _write(folder: Path, step: int, checkpoint: Checkpoint) -> None:
     plain = {name: _plain(each) for name, each in tensors.items()}
     kind = _DIGESTS[FORMAT]
     files: dict[str, Any] = {_NUMBERS: {kind: _digest(numbers, kind)}}
-    # The digests are of the tensors in memory, made while the disk is busy with the files.
+    # The digests are of the tensors in memory, made while the disk flushes their file. It is the flush that runs beside,
+    # since it needs no interpreter lock: two threads that hash and write wait for that lock at every tensor.
     with ThreadPoolExecutor(1) as beside:
-        rows = {name: beside.submit(_rows, each, kind) for name, each in plain.items()}
         for name, each in plain.items():
             save_file(each, folder / name)
-            _flush(folder / name)
-        (folder / _NUMBERS).write_bytes(numbers)
-        _flush(folder / _NUMBERS)
-        for name in plain:
-            files[name] = {"header": _digest(_header(folder / name), kind), "tensors": rows[name].result()}
+            flushed = beside.submit(_flush, folder / name)
+            files[name] = {"header": _digest(_header(folder / name), kind), "tensors": _rows(each, kind)}
+            flushed.result()
+    (folder / _NUMBERS).write_bytes(numbers)
+    _flush(folder / _NUMBERS)
     manifest = {"format": FORMAT, "d2v": __version__, "torch": str(torch.__version__), "step": step, "files": files}
     (folder / MANIFEST).write_text(_signed(manifest, kind), encoding="utf-8")
     _flush(folder / MANIFEST)

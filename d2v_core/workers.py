@@ -118,7 +118,8 @@ class Workers(Generic[PlaceT, BatchT]):
             )
         if index is not None:
             self.reader.desk.left_out[index] = f"a process that read it {fallen.how}"
-        policy.say(f"{what} New ones go on without it ({failures} of at most {policy.limit}).")
+        go_on = "New ones go on" if index is None else "New ones go on without it"
+        policy.say(f"{what} {go_on} ({failures} of at most {policy.limit}).")
 
     def _batches(self, work: Iterator[PlaceT]) -> Generator[BatchT, None, None]:
         self.reader.desk = Desk(self.num_workers, self.reader.desk.left_out)
