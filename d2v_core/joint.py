@@ -192,8 +192,11 @@ def order_of(updates: Sequence[int]) -> np.ndarray:
 class JointSteps(Steps):
     """Batches of the member whose turn it is. Ids begin with its name; one step counts as an amount of 1.
 
-    progress: where each of the loaders stands is written there, before its batches are handed out.
+    `taken` writes into `progress` where the loader of the last step stands behind it. Until then the step counts as not
+    read: a signal may come before it is used.
     """
+
+    _last: tuple[str, list[int], float]
 
     def __init__(self, loaders: Mapping[str, StepLoader], turn_at: Callable[[int], str], progress: Progress) -> None:
         self.steps_per_epoch = max(loader.steps_per_epoch for loader in loaders.values())
@@ -208,13 +211,18 @@ class JointSteps(Steps):
                 if name not in running:
                     running[name] = iter(self.loaders[name])
                 epoch, step, batches = next(running[name])
-                progress.places[name] = [epoch, step + 1]
-                progress.amounts[name] = progress.amounts.get(name, 0.0) + sum(batch.amount for batch in batches)
-                epochs = [place[0] for place in progress.places.values()]
+                self._last = name, [epoch, step + 1], sum(batch.amount for batch in batches)
+                epochs = [epoch, *(place[0] for other, place in progress.places.items() if other != name)]
                 yield min(epochs), progress.step, [_named(batch, name, len(batches)) for batch in batches]
         finally:
             for loader in running.values():
                 loader.close()
+
+    def taken(self) -> None:
+        """The step that was handed out last is used."""
+        name, place, amount = self._last
+        self.progress.places[name] = place
+        self.progress.amounts[name] = self.progress.amounts.get(name, 0.0) + amount
 
 
 def _named(batch: Batch, name: str, parts: int) -> Batch:
@@ -308,7 +316,12 @@ class JointTrainer(Loop[JointModel]):
                     num_workers=train.num_workers, epoch=epoch, step=step, pin_memory=self.device.type == "cuda",
                     worker_policy=self.worker_policy(),
                 )  # fmt: skip
-        return JointSteps(loaders, self.turn_at, self.progress)
+        self.reading = JointSteps(loaders, self.turn_at, self.progress)
+        return self.reading
+
+    def note_place(self, epoch: int, epoch_step: int) -> None:
+        super().note_place(epoch, epoch_step)
+        self.reading.taken()
 
     def usable(self, batch: Batch) -> bool:
         return num_scored(batch) > 0

@@ -341,7 +341,7 @@ class Loop(ABC, Generic[ModelT]):
                 self._signal = next((turn.signal for turn in turns if turn.signal is not None), None)
                 if self._signal is not None:
                     return False
-                progress.epoch, progress.epoch_step = epoch, epoch_step + 1
+                self.note_place(epoch, epoch_step)
                 self._note_unread(turns)
                 some = any(turn.usable for turn in turns)
                 idle = 0 if some else idle + 1
@@ -402,6 +402,10 @@ class Loop(ABC, Generic[ModelT]):
             raise UserError(
                 f"None of the {self.dataset_size} samples can be read; the first: {next(iter(self.progress.skipped))}"
             )
+
+    def note_place(self, epoch: int, epoch_step: int) -> None:
+        """The batches of this step are used now: a run that goes on begins with those behind them."""
+        self.progress.epoch, self.progress.epoch_step = epoch, epoch_step + 1
 
     def note_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
         """Count samples that could not be read, (id, reason) each, and say each of them once."""

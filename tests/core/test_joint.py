@@ -534,6 +534,32 @@ def test_stopped_and_resumed_is_the_same(
     assert summaries[0]["amounts"] == summaries[1]["amounts"] and summaries[0]["updates"] == {"toy": 7, "bell": 3}
 
 
+def test_stopped_while_it_reads_is_the_same(
+    d2v: Callable[..., tuple[int, str]], read_run: Any, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read and not used when the signal came is read once more."""
+    from d2v_toy import ToyModality
+
+    out, seen, collate = tmp_path / "stopped", list[str](), ToyModality.collate
+
+    def counted(self: Any, samples: Any) -> Any:
+        seen.append(self.name)
+        if len(seen) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return collate(self, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ToyModality, "collate", counted)
+        status, text = d2v(*long(out, "train.check_memory=false"))
+    assert status == 130 and "Stopped by SIGINT after step " in text
+    assert d2v(*long(out, "train.check_memory=false", "resume=auto"))[0] == 0
+    (lines_a, tensors_a), (lines_b, tensors_b) = read_run(straight), read_run(out)
+    assert lines_a == lines_b
+    assert all(torch.equal(tensors_a[name], tensors_b[name]) for name in tensors_a)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (straight, out)]
+    assert summaries[0]["amounts"] == summaries[1]["amounts"]
+
+
 def _member(run: Path) -> tuple[str, dict[str, Tensor]]:
     from safetensors.torch import load_file
 
