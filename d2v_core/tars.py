@@ -52,7 +52,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
         file.seek(position)
         header = file.read(BLOCK)
         if not any(header) and len(header) == BLOCK:
-            return
+            return _check_end(file, position)
         if len(header) < BLOCK:
             raise BadTar(f"it ends at byte {size} without the mark of its end: truncated, or no tar")
         _check_sum(header, position)
@@ -80,6 +80,21 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
                 length = 0  # whatever their header says
             long_name, extended = b"", {}
         position += -(-length // BLOCK) * BLOCK
+
+
+def _check_end(file: BinaryIO, position: int) -> None:
+    """Two empty blocks are the end, or one that is the last of the file. Raises BadTar where a header was wiped out, or
+    where another tar follows, which tar programs pass over."""
+    if any(file.read(BLOCK)):
+        raise BadTar(f"damaged: no header at byte {position}, and yet something follows")
+    while block := file.read(BLOCK):
+        if any(block):
+            start = file.tell() - len(block)
+            try:
+                _check_sum(block, start)
+            except BadTar:
+                return  # what some programs leave there
+            raise BadTar(f"a second tar begins at byte {start}, behind the end of the first: take them apart")
 
 
 def _check_sum(header: bytes, position: int) -> None:

@@ -102,6 +102,19 @@ def test_a_damaged_header_is_no_end(tmp_path: Path, at: int) -> None:
         list(members(tmp_path / "a.tar"))
 
 
+def test_nothing_behind_a_mark_of_the_end_is_lost_in_silence(tmp_path: Path) -> None:
+    whole = tar_of(tmp_path / "a.tar", files(6)).read_bytes()
+    (tmp_path / "two.tar").write_bytes(whole + whole)
+    with pytest.raises(BadTar, match=f"a second tar begins at byte {len(whole)}"):
+        list(members(tmp_path / "two.tar"))
+    third = list(members(tmp_path / "a.tar"))[2].offset - 512
+    (tmp_path / "wiped.tar").write_bytes(whole[:third] + bytes(512) + whole[third + 512 :])
+    with pytest.raises(BadTar, match=f"no header at byte {third}, and yet something follows"):
+        list(members(tmp_path / "wiped.tar"))
+    (tmp_path / "rest.tar").write_bytes(whole + b"leftover " * 100)
+    assert len(list(members(tmp_path / "rest.tar"))) == 6
+
+
 @pytest.mark.parametrize("how", ["w:gz", "w:xz", "w:bz2"])
 def test_packed_tars_are_refused_by_what_they_are(tmp_path: Path, how: str) -> None:
     with tarfile.open(tmp_path / "a.tar", how) as tar:  # pyright: ignore
