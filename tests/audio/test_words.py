@@ -10,7 +10,7 @@ import torch
 
 from d2v_audio.align import Clock
 from d2v_audio.decode import make_decoder
-from d2v_audio.letters import Letters, lexicon_of
+from d2v_audio.letters import Letters, lexicon_of, read_lexicon
 from d2v_audio.ngram import read_arpa
 from d2v_audio.words import RANGES, WEIGHTS, SearchConfig, language_model, open_decoder, times, tune, understand
 from d2v_core.errors import UserError
@@ -111,3 +111,32 @@ def test_a_broken_model_names_its_line(tmp_path: Path) -> None:
     path.write_text("\n".join(text))
     with pytest.raises(UserError, match="line 9"):
         open_decoder(LETTERS, SearchConfig(), path, None, print)
+
+
+ACCENT = "\N{COMBINING ACUTE ACCENT}"
+
+
+def test_a_letter_and_an_accent_that_are_one_letter_when_composed() -> None:
+    """The accent stands for itself over letters without a composed form; over others the network may spell it too."""
+    letters = Letters.of([f"te q{ACCENT} a"])
+    assert ACCENT in letters.symbols and "\N{LATIN SMALL LETTER E WITH ACUTE}" not in letters.symbols
+    path = [0, *(letters.symbols.index(c) for c in f"te{ACCENT}"), letters.boundary, letters.symbols.index("a")]
+    emissions = torch.full((len(path), len(letters)), -9.0)
+    emissions[torch.arange(len(path)), torch.tensor(path)] = -0.01
+    (heard,) = understand([emissions], letters)
+    assert heard.words == ["t\N{LATIN SMALL LETTER E WITH ACUTE}", "a"]  # composed, as references are
+    assert heard.spelled == [path[1:4], path[5:]]
+    assert [word.text for word in times(heard, emissions, letters, Clock(0.01, 0.02, 1.0))] == heard.words
+
+
+def test_words_of_a_model_with_accents_apart_are_those_of_the_references(tmp_path: Path) -> None:
+    letters = Letters.of(["caf\N{LATIN SMALL LETTER E WITH ACUTE} bar"])
+    lexicon = lexicon_of([f"cafe{ACCENT}", "bar"], letters)
+    decoder = make_decoder(letters, SearchConfig(engine="builtin", word_score=0.0), None, lexicon)
+    path = [symbol for letter in letters.encode(f"cafe{ACCENT} bar") for symbol in (0, letter)]
+    emissions = torch.full((len(path), len(letters)), -9.0)
+    emissions[torch.arange(len(path)), torch.tensor(path)] = -0.01
+    (heard,) = understand([emissions], letters, decoder)
+    assert heard.text == "caf\N{LATIN SMALL LETTER E WITH ACUTE} bar"
+    (tmp_path / "lexicon.txt").write_text(f"cafe{ACCENT}\tc a f e{ACCENT}\nbar\tb a r\n", encoding="utf-8")
+    assert read_lexicon(tmp_path / "lexicon.txt", letters).skipped == {}

@@ -74,12 +74,13 @@ class Letters:
         return [i for i in spelled if i is not None]
 
     def decode(self, ids: Sequence[int], unknown: str = "") -> str:
-        """The text of ids that are already collapsed; boundaries become blanks, special symbols vanish.
+        """The text of ids that are already collapsed, composed as transcripts are; boundaries become blanks, special
+        symbols vanish.
 
         unknown: what is written for letters outside the vocabulary.
         """
         text = "".join(unknown if i == UNK else self.symbols[i] for i in ids if i >= UNK)
-        return " ".join(text.replace(BOUNDARY, " ").split())
+        return normal(" ".join(text.replace(BOUNDARY, " ").split()))
 
 
 def normal(text: str) -> str:
@@ -130,7 +131,8 @@ def read_lexicon(path: str | Path, letters: Letters) -> Lexicon:
         if len(fields) == 1:
             raise UserError(f"lexicon={path}, line {number}: expected 'word TAB letters', found {line[:80]!r}.")
         if fields:
-            entries.append((fields[0], fields[1:-1] if fields[-1] == BOUNDARY else fields[1:]))
+            spelling = fields[1:-1] if fields[-1] == BOUNDARY else fields[1:]
+            entries.append((fields[0], [normal(letter) for letter in spelling]))
     return _lexicon(entries, letters, f"lexicon={path}")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2v_audio.align import Clock, Word, align, by_word, joined, timed_words
 from d2v_audio.decode import DecodeConfig, Decoder, make_decoder
-from d2v_audio.letters import Letters, read_lexicon
+from d2v_audio.letters import SPECIAL, Letters, normal, read_lexicon
 from d2v_audio.lm import MAX_ORDER, estimate, write_arpa
 from d2v_audio.ngram import BOS, EOS, UNK
 from d2v_audio.wer import letter_edits, total, word_edits
@@ -62,8 +62,9 @@ def understand(emissions: Sequence[Tensor], letters: Letters, decoder: Decoder |
     found: list[Heard] = []
     for one in emissions:
         if decoder is None:
-            words = letters.decode(greedy(one)).split()
-            found.append(Heard(words, [letters.encode(word)[:-1] for word in words]))
+            # As they were emitted: composed with its neighbour, a letter may be none of the vocabulary.
+            symbols = [symbol for symbol in greedy(one) if symbol >= len(SPECIAL)]
+            found.append(Heard(letters.decode(symbols).split(), by_word(symbols, letters.boundary)))
             continue
         hypotheses = decoder(one[None])[0]
         if not hypotheses:  # nothing of the lexicon fits into so few frames
@@ -71,7 +72,7 @@ def understand(emissions: Sequence[Tensor], letters: Letters, decoder: Decoder |
             continue
         path = hypotheses[0].path
         symbols = [symbol for i, symbol in enumerate(path) if symbol and (i == 0 or symbol != path[i - 1])]
-        words = hypotheses[0].words
+        words = [normal(word) for word in hypotheses[0].words]  # as references are; a model may have accents apart
         found.append(Heard(words, by_word(symbols, letters.boundary)[: len(words)]))  # a word cut off is none of them
     return found
 
