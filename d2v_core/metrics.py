@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -109,6 +109,15 @@ class Display:
                 f"step {metrics['step']:.0f}/{self.max_steps}  {text}  {seconds_left:.0f} s left",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
+
+
+def finite(content: Any) -> Any:
+    """The same mappings and lists with null for numbers that are not finite, which JSON has not."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in cast("Mapping[str, Any]", content).items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in cast("Sequence[Any]", content)]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -89,3 +89,26 @@ def test_counts_that_do_not_match():
         score([Edits(0, 0, 0, 1)], ["a", "b"])
     empty = score([Edits(0, 0, 2, 0)], [None])
     assert math.isnan(empty.total.rate) and math.isnan(empty.low)
+
+
+def test_one_utterance_says_nothing_of_others():
+    got = score([Edits(1, 0, 0, 4)], ["a"])
+    assert got.total.rate == 25.0 and math.isnan(got.low) and math.isnan(got.high)
+    found = compare([Edits(1, 0, 0, 4)], [Edits(2, 0, 0, 4)], ["a"])
+    assert (found.difference, found.relative) == (-25.0, -50.0)
+    assert all(map(math.isnan, (found.low, found.high, found.p, found.relative_low, found.relative_high)))
+    # Of two utterances of one speaker, utterances are drawn.
+    assert score([Edits(1, 0, 0, 4), Edits(0, 0, 0, 4)], ["a", "a"]).resampled == "utterances"
+
+
+def test_draws_without_anything_to_divide_by():
+    # One speaker of two makes all the errors of the second system: in a quarter of the draws it makes none.
+    first, second = [Edits(3, 0, 0, 10), Edits(1, 0, 0, 10)], [Edits(4, 0, 0, 10), Edits(0, 0, 0, 10)]
+    found = compare(first, second, ["a", "b"])
+    assert found.relative == 0.0 and math.isnan(found.relative_low) and math.isnan(found.relative_high)
+    # One of ten makes none: there is an interval, as if draws of that one alone were never made.
+    found = compare([*[Edits(2, 0, 0, 10)] * 9, first[1]], [*[Edits(4, 0, 0, 10)] * 9, second[1]], list("abcdefghij"))
+    assert -50.0 <= found.relative_low < found.relative < found.relative_high < 0.0
+    # Where nothing is said, insertions have nothing to be compared with: only draws with the other speaker count.
+    got = score([Edits(0, 0, 5, 0), Edits(1, 0, 0, 10)], ["silent", "b"])
+    assert (got.low, got.high) == (10.0, 60.0)

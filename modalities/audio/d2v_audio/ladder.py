@@ -310,10 +310,12 @@ def _compare(done: Path, now: Mapping[str, Any]) -> None:
 
 
 def collect(out: Path, config: LadderConfig) -> list[Row]:
-    """From the evaluations of all cells to the rows of the table."""
+    """From the evaluations of all cells to the rows of the table. Raises UserError where they are not of the same
+    utterances."""
     from d2v_audio.wer import Edits, compare, letter_edits, score, total, word_edits
 
     rows: list[Row] = []
+    said: dict[str, int] = {}  # words of each utterance
     for labels, lm in product(config.labels or ["all"], config.lm):
         rates: dict[str, list[float]] = {}
         scores: dict[str, Score] = {}
@@ -321,14 +323,23 @@ def collect(out: Path, config: LadderConfig) -> list[Row]:
         pooled: dict[str, list[Edits]] = {}
         speakers: list[str | None] = []
         for weights in config.weights:
-            found = [
-                list(read_hypotheses(_evaluation(cell_folder(out, labels, seed, weights), config, lm)).values())
-                for seed in range(config.seeds)
-            ]
+            folders = [_evaluation(cell_folder(out, labels, seed, weights), config, lm) for seed in range(config.seeds)]
+            read = [read_hypotheses(folder) for folder in folders]
+            for folder, one in zip(folders, read, strict=True):
+                lengths = {name: len(scored.reference.split()) for name, scored in one.items()}
+                said = said or lengths
+                if lengths != said:
+                    raise UserError(
+                        f"{folder} was scored on other utterances than the cells before it, so that they "
+                        "cannot be compared: the data changed in between, or some could not be read. Mend the data, "
+                        f"remove the evaluate-* folders of the cells in {out}, and give the same command."
+                    )
+            found = [[one[name] for name in said] for one in read]
             words = [word_edits([o.reference for o in one], [o.hypothesis for o in one]) for one in found]
             flat = [one for run in found for one in run]
-            speakers = [one.speaker or None for one in flat]
-            pooled[weights] = [edits for run in words for edits in run]
+            speakers = [one.speaker or None for one in found[0]]
+            # What all seeds made of an utterance is drawn at once: they heard the same sound.
+            pooled[weights] = [total(edits) for edits in zip(*words, strict=True)]
             rates[weights] = [round(total(run).rate, 3) for run in words]
             scores[weights] = score(pooled[weights], speakers)
             spelled = letter_edits([one.reference for one in flat], [one.hypothesis for one in flat])
@@ -385,7 +396,7 @@ def write_tables(
     """ladder.json, ladder.md and ladder.html; each is written anew. given: options of fine-tuning, of all cells and of
     each kind of weights."""
     from d2v_audio import report
-    from d2v_core.metrics import write_json
+    from d2v_core.metrics import finite, write_json
 
     head, title = _head(config), _title(rows, config, source)
     cells = [[cell.replace("\n", "; ") for cell in _cells(row, config)] for row in rows]
@@ -396,7 +407,7 @@ def write_tables(
     report.write_page(out / "ladder.html", f"d2v ladder {source}", body)
     write_json(out / "ladder.json", {
         "from": str(source), "part": config.part, "seeds": config.seeds, "options": given,
-        "rows": [_row(row) for row in rows],
+        "rows": finite([_row(row) for row in rows]),
     })  # fmt: skip
 
 
@@ -438,7 +449,9 @@ def plot(rows: Sequence[Row], config: LadderConfig) -> str:
         for row in (row for row in rows if row.lm == lm):
             score, x = row.scores[weights], left + (labels.index(row.labels) + 0.5) * step + shift
             points.append(f"{x:.1f},{y(score.total.rate):.1f}")
-            shapes.append(f'<path d="M{x:.1f} {y(score.low):.1f}V{y(score.high):.1f}" {stroke.split(" stroke-d")[0]}/>')
+            if score.low <= score.high:  # no interval of one utterance
+                line = f"M{x:.1f} {y(score.low):.1f}V{y(score.high):.1f}"
+                shapes.append(f'<path d="{line}" {stroke.split(" stroke-d")[0]}/>')
             centre = f'cx="{x:.1f}" cy="{y(score.total.rate):.1f}"'
             shapes.append(f'<circle {centre} r="3.5" fill="{COLOURS[weights]}"/>')
         shapes.append(f'<polyline points="{" ".join(points)}" fill="none" stroke-width="2" {stroke}/>')

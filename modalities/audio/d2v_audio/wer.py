@@ -69,12 +69,13 @@ def score(edits: Sequence[Edits], speakers: Sequence[str | None], resamples: int
     """The rate of the set with a percentile bootstrap over speakers.
 
     speakers: of each utterance; where fewer than two are known, utterances are drawn instead, and `resampled` says so.
+    Of one utterance there is nothing to draw: its interval is nan.
     Source: Bisani & Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation" (ICASSP 2004).
     """
     groups, resampled = _groups(speakers, len(edits))
     errors, length = _sums([e.errors for e in edits], groups), _sums([e.length for e in edits], groups)
     low, high = float("nan"), float("nan")
-    if length.sum() > 0:
+    if length.sum() > 0 and len(length) > 1:
         rates = _resampled(errors, length, resamples, seed)
         low, high = (float(x) for x in np.percentile(rates, [2.5, 97.5]))
     return Score(total(edits), low, high, resampled)
@@ -85,8 +86,9 @@ class Comparison:
     """Of two systems on one set.
 
     difference: rate of the first less that of the second, per cent. low, high: its 95 % interval. p: two-sided, how
-    likely so large a difference were if there was none. resampled: what was drawn. relative: the difference in per cent
-    of the second's rate, with its interval from the same draws; nan where the second makes no error.
+    likely so large a difference were if there was none; nan of one utterance. resampled: what was drawn. relative: the
+    difference in per cent of the second's rate; nan where the second makes no error. Its interval is from the same
+    draws; nan where the second makes no error in more than one of forty, which could lie on either side of it.
     """
 
     difference: float
@@ -123,13 +125,18 @@ def compare(
     differences = _resampled(gaps, length, resamples, seed)
     low, high = (float(x) for x in np.percentile(differences, [2.5, 97.5]))
     smaller = min((differences <= 0).sum(), (differences >= 0).sum())
-    p = min(1.0, 2.0 * (float(smaller) + 1) / (resamples + 1))
-    relative = (float("nan"),) * 3
+    p = min(1.0, 2.0 * (float(smaller) + 1) / (len(differences) + 1))
+    relative = relative_low = relative_high = float("nan")
     theirs = _sums([b.errors for b in second], groups)
     if theirs.sum():
-        shares = np.percentile(_resampled(gaps, theirs, resamples, seed), [2.5, 97.5])
-        relative = (float(100.0 * gaps.sum() / theirs.sum()), float(shares[0]), float(shares[1]))
-    return Comparison(float(100.0 * gaps.sum() / length.sum()), low, high, p, resampled, *relative)
+        relative = float(100.0 * gaps.sum() / theirs.sum())
+        shares = _resampled(gaps, theirs, resamples, seed)
+        if len(shares) >= 0.975 * resamples:
+            relative_low, relative_high = (float(x) for x in np.percentile(shares, [2.5, 97.5]))
+    if len(length) == 1:
+        low = high = p = relative_low = relative_high = float("nan")
+    difference = float(100.0 * gaps.sum() / length.sum())
+    return Comparison(difference, low, high, p, resampled, relative, relative_low, relative_high)
 
 
 def _edits(references: Sequence[str], hypotheses: Sequence[str], letters: bool) -> list[Edits]:
@@ -165,10 +172,12 @@ def _sums(values: Sequence[int], groups: NDArray[np.int64]) -> Floats:
 
 
 def _resampled(errors: Floats, length: Floats, resamples: int, seed: int) -> Floats:
-    """100 x errors / length on each of `resamples` samples of as many groups, drawn with replacement."""
+    """100 x errors / length on each of `resamples` samples of as many groups, drawn with replacement; samples whose
+    length is 0 are left out."""
     rng, groups = generator(seed, "wer-bootstrap"), len(errors)
     both, rates = np.stack([errors, length], 1), np.empty(resamples)
     for start in range(0, resamples, 500):  # in blocks, for memory
         drawn = rng.multinomial(groups, np.full(groups, 1 / groups), min(500, resamples - start)) @ both
-        rates[start : start + 500] = 100.0 * drawn[:, 0] / np.maximum(drawn[:, 1], 1)
-    return rates
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rates[start : start + 500] = np.where(drawn[:, 1] > 0, 100.0 * drawn[:, 0] / drawn[:, 1], np.nan)
+    return rates[~np.isnan(rates)]
