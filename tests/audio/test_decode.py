@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from d2v_audio import decode
+from d2v_audio.beam import build_trie
 from d2v_audio.decode import DecodeConfig, flashlight_missing, greedy, make_decoder
 from d2v_audio.letters import Letters, lexicon_of, read_lexicon
 from d2v_audio.ngram import arpa_words, read_arpa
@@ -221,3 +222,11 @@ def test_mismatches_are_told(tmp_path: Path):
     for wrong in ({"beam": 0}, {"beam_threshold": -1.0}, {"lm_weight": math.inf}, {"beam_size_token": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             make_decoder(LETTERS, DecodeConfig(**wrong), ARPA)
+
+
+def test_a_word_without_an_end():
+    """Scripts without blanks between words make one of a whole line."""
+    word = "".join(itertools.islice(itertools.cycle("AB"), 3000))
+    letters = Letters.official()
+    root = build_trie(lexicon_of([word, "A"], letters).words, None)
+    assert root.look_ahead == 0.0

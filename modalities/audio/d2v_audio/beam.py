@@ -76,13 +76,16 @@ def build_trie(lexicon: Mapping[str, Sequence[tuple[int, ...]]], lm: NGramModel 
     return root
 
 
-def _smear(node: Node) -> float:
+def _smear(root: Node) -> None:
     # Words with one spelling are added up, as in flashlight, whatever the mode; children are compared.
-    best = max(node.scores, default=-math.inf)
-    if node.scores:
-        best += math.log(sum(math.exp(score - best) for score in node.scores))
-    node.look_ahead = max([best, *(_smear(child) for child in node.children.values())])
-    return node.look_ahead
+    nodes = [root]  # parents before children; a word may be longer than calls can be nested
+    for node in nodes:
+        nodes.extend(node.children.values())
+    for node in reversed(nodes):
+        best = max(node.scores, default=-math.inf)
+        if node.scores:
+            best += math.log(sum(math.exp(score - best) for score in node.scores))
+        node.look_ahead = max([best, *(child.look_ahead for child in node.children.values())])
 
 
 def search(
