@@ -301,6 +301,8 @@ def test_what_the_verbs_refuse(own_folder: Path, d2v: Callable[..., tuple[int, s
         (("data", "shard", *words[:3], path, "out=x"), "1 of 10 files (10.0%) are unreadable"),
         (("data", "shard", *words, path, f"out={own_folder / 'files'}"), "nothing there is overwritten"),
         (("data", "scan", "modality=vision", path), "no images in"),
+        (("data", "scan", *words, path, "data.also=[more]"), "is data.path alone. Leave them out"),
+        (("data", "shard", *words, path, "data.repeat=[2]", "out=x"), "is data.path alone. Leave them out"),
     ):
         status, said = d2v(*given)
         assert status == 2 and answer in said, said

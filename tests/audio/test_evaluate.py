@@ -136,6 +136,11 @@ def test_other_data(place: Path, quiet: Any) -> None:
     given = {"data.path": str(place / "other")}
     result = evaluate.evaluate(place / "run", EvaluateConfig(out=str(place / "foreign")), given, quiet)
     assert (result["utterances"], result["wer"]["words"]) == (1, 2)
+    stored = json.loads((place / "foreign" / "result.json").read_text(), parse_constant=pytest.fail)
+    assert stored["wer"]["low"] is None  # one utterance
+    given = {"transcripts.test_path": str(place / "other")}
+    result = evaluate.evaluate(place / "run", EvaluateConfig(out=str(place / "elsewhere")), given, quiet)
+    assert (result["utterances"], result["wer"]["words"]) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,9 @@ def test_other_data(place: Path, quiet: Any) -> None:
         (["decode.baem=3"], "beam"),
         (["against=nowhere"], "is no folder"),
         (["data.path=/nowhere/x"], "does not exist"),
+        (["transcripts.test_path=/nowhere/x"], "transcripts.test_path=/nowhere/x does not exist"),
+        (["data.also=[/nowhere/x]"], "are for pre-training"),
+        (["data.split=dev"], "is for pre-training"),
     ],
 )
 def test_evaluate_refuses(place: Path, words: list[str], said: str) -> None:
@@ -272,6 +280,34 @@ def test_a_ladder_and_its_continuation(place: Path, monkeypatch: pytest.MonkeyPa
     assert ladder.main(words) == 0 and not done  # nothing is done twice
     with pytest.raises(UserError, match="was scored with other options"):
         ladder.main([*(word for word in words if word != "decode.beam=5"), "decode.beam=6"])
+
+
+def scored(out: Path, weights: str, seed: int, hypotheses: list[str]) -> None:
+    """An evaluation without speakers, of utterances in which A B is said."""
+    folder = out / f"{weights}-all-seed{seed}" / "evaluate-test-none"
+    folder.mkdir(parents=True)
+    rows = [f"{i}\t\t1.00\t2\t0\tA B\t{text}" for i, text in enumerate(hypotheses)]
+    (folder / "hypotheses.tsv").write_text("\n".join(["header", *rows]) + "\n")
+
+
+def test_more_seeds_on_the_same_utterances_are_no_more_utterances(tmp_path: Path) -> None:
+    hypotheses = ["A B", "A", "C D", "A B", "B B", "A B", "A C", "A B"]
+    for out, seeds in (("one", 1), ("four", 4)):
+        for seed in range(seeds):
+            scored(tmp_path / out, "student", seed, hypotheses)
+            scored(tmp_path / out, "untrained", seed, hypotheses[1:] + hypotheses[:1])
+    (one,) = ladder.collect(tmp_path / "one", ladder.LadderConfig())
+    (four,) = ladder.collect(tmp_path / "four", ladder.LadderConfig(seeds=4))
+    assert one.gain == four.gain and one.gain is not None and one.gain.resampled == "utterances"
+    intervals = [[(s.low, s.high, s.total.rate) for s in row.scores.values()] for row in (one, four)]
+    assert intervals[0] == intervals[1] and intervals[0][0][0] < intervals[0][0][1]
+
+
+def test_cells_of_other_utterances_are_not_compared(tmp_path: Path) -> None:
+    scored(tmp_path, "student", 0, ["A B", "A"])
+    scored(tmp_path, "untrained", 0, ["A B"])
+    with pytest.raises(UserError, match="untrained-all-seed0/evaluate-test-none was scored on other utterances"):
+        ladder.collect(tmp_path, ladder.LadderConfig())
 
 
 @pytest.mark.parametrize(

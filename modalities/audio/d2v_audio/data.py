@@ -218,7 +218,13 @@ def scan_data(config: AudioConfig, split: str | None, min_samples: int, columns:
 
 
 def inventory(config: AudioConfig) -> Inventory:
-    """Every clip that can be read, of any length. Raises UserError where there is none."""
+    """Every clip of data.path that can be read, of any length. Raises UserError where there is none, and for options
+    that name more data."""
+    if config.also or config.repeat:
+        raise UserError(
+            f"data.also={config.also} and data.repeat={config.repeat}: what is looked at or written here is data.path "
+            "alone. Leave them out, and give the command for each of the data sets."
+        )
     report = scan_data(replace(config, max_bad_ratio=1.0, rate_policy="resample"), config.split, 0)
     return Inventory(
         items=[Item(clip.id, clip.source, clip.facts) for clip in report.clips],

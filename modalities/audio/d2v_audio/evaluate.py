@@ -127,7 +127,7 @@ def evaluate(
     """
     from d2v_audio import report, words
     from d2v_audio.recognize import load_recognizer
-    from d2v_core.metrics import write_json
+    from d2v_core.metrics import finite, write_json
 
     config.decode.check()
     if config.decode.tune and config.lm == words.NONE and config.lexicon is None:
@@ -167,7 +167,7 @@ def evaluate(
         result["wall_seconds"] = round(time.perf_counter() - began, 1)
         _write_lines(out, spoken, heard, recognizer)
         report.write(out / "report.html", result, part, spoken, heard, recognizer, config.worst)
-        write_json(out / RESULT, result)
+        write_json(out / RESULT, finite(result))
     except BaseException:
         _drop(out)
         raise
@@ -203,7 +203,7 @@ def open_part(run: Path, name: str, given: Mapping[str, str] | None = None) -> P
     modality = kind(config)
     assert isinstance(modality, AudioModality)
     if given and modality.data.path is not None:
-        return _foreign(modality, name)
+        return _foreign(modality, name, given)
     task = open_task(modality).task
     part = {"train": task.train, "dev": task.dev, "test": task.test}[name]
     if part is None:
@@ -213,21 +213,32 @@ def open_part(run: Path, name: str, given: Mapping[str, str] | None = None) -> P
     return Part(name, part.samples, references, _speakers(part.samples))
 
 
-def _foreign(modality: Any, name: str) -> Part:
-    from d2v_audio.classification import LabelledConfig, LabelledFiles
+def _foreign(modality: Any, name: str, given: Mapping[str, str]) -> Part:
+    """`transcripts.NAME_path` says where a part lies, unless `given` names other data and not that."""
+    from d2v_audio.classification import LabelledConfig, LabelledFiles, refuse_options_of_pretraining
     from d2v_audio.transcripts import TranscriptsConfig, read_transcribed
 
+    refuse_options_of_pretraining(modality.data)
     labelled = modality.config.section("labelled", LabelledConfig)
     least = max(modality.two_tokens(), round(labelled.min_s * modality.data.sample_rate))
-    transcripts = modality.config.section("transcripts", TranscriptsConfig)
-    found = read_transcribed(modality.data, transcripts, labelled.split_column, least)
+    transcripts, data, key = modality.config.section("transcripts", TranscriptsConfig), modality.data, "data.path"
+    elsewhere = getattr(transcripts, f"{name}_path", None)
+    if elsewhere is not None and (f"transcripts.{name}_path" in given or key not in given):
+        data, key = replace(data, path=elsewhere), f"transcripts.{name}_path"
+        transcripts = replace(transcripts, train=[], dev=[], test=[])
+    try:
+        found = read_transcribed(data, transcripts, labelled.split_column, least)
+    except UserError as error:
+        raise UserError(str(error).replace("data.path=", f"{key}=")) from None
     there = {part: clips for part, clips in found.parts.items() if clips}
+    if key != "data.path":  # all that lies there is the part
+        there = {name: [clip for clips in there.values() for clip in clips]}
     clips = there.get(name) or (next(iter(there.values())) if len(there) == 1 else [])
     if not clips:
         shown = ", ".join(f"{part} ({len(some)})" for part, some in there.items())
-        raise UserError(f"data.path={modality.data.path} has no {name} part; it has {shown}. Choose one with part=.")
+        raise UserError(f"{key}={data.path} has no {name} part; it has {shown}. Choose one with part=.")
     report = replace(found.report, clips=tuple(clip for clip, _ in clips))
-    samples = LabelledFiles(report, modality.data.sample_rate, report.summary())
+    samples = LabelledFiles(report, data.sample_rate, report.summary())
     return Part(name, samples, [text for _, text in clips], [clip.speaker for clip, _ in clips])
 
 
@@ -390,10 +401,12 @@ def _decoding(config: EvaluateConfig, decoder: Any, record: Mapping[str, Any] | 
 
 
 def _not_in(words: Mapping[str, Any], references: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+    from d2v_audio.letters import normal
     from d2v_core.files import first
 
     said = [word for text in references for word in text.split()]
-    lacking = [word for word in said if word not in words]
+    known = {normal(word) for word in words}
+    lacking = [word for word in said if word not in known]
     if lacking:
         say(
             f"{len(lacking)} of {len(said)} words that are said ({100 * len(lacking) / len(said):.1f} %) are not in "
@@ -438,8 +451,9 @@ def reference_words(text: str, letters: Letters, emissions: Tensor, clock: Any) 
     Letters outside the vocabulary are passed over, and words of nothing else left out.
     """
     from d2v_audio.align import align, joined, timed_words
+    from d2v_audio.letters import UNK
 
-    spelled = [(word, letters.encode("".join(c for c in word if not letters.unknown(c)))[:-1]) for word in text.split()]
+    spelled = [(word, [i for i in letters.encode(word, UNK)[:-1] if i != UNK]) for word in text.split()]
     known = [(word, spelling) for word, spelling in spelled if spelling]
     spans = align(emissions, joined([spelling for _, spelling in known], letters.boundary))
     return None if spans is None else timed_words(spans, [word for word, _ in known], letters, clock)
