@@ -576,8 +576,10 @@ def check(config: RunConfig) -> RunConfig:
     at_least("loss.cls_weight", config.loss.cls_weight, 0.0)
     if config.loss.scale not in ("inverse_sqrt", "mean", "sum"):
         try:
-            float(config.loss.scale)
+            known = math.isfinite(float(config.loss.scale))
         except ValueError:
+            known = False
+        if not known:
             problems.append(f"loss.scale={config.loss.scale} must be inverse_sqrt, mean, sum or a number")
     within("teacher.ema_decay", config.teacher.ema_decay, 0.0, 1.0)
     within("teacher.ema_end_decay", config.teacher.ema_end_decay, 0.0, 1.0)

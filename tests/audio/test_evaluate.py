@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,16 @@ def test_a_language_model_tuned_on_dev(place: Path, quiet: Any) -> None:
     assert {word for row in rows for word in row[6].split()} <= train
     said = [word for row in rows for word in row[5].split()]
     assert result["decode"]["words_not_in_lexicon"] == sum(word not in train for word in said)
+
+
+def test_a_run_that_was_trained_in_half_precision_is_scored_without_a_gpu(place: Path, quiet: Any) -> None:
+    run = place / "half"
+    shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("evaluate-*"))
+    config = (run / "config.yaml").read_text()
+    assert config.count("precision: fp32") == 1
+    (run / "config.yaml").write_text(config.replace("precision: fp32", "precision: fp16"))
+    result = evaluate.evaluate(run, EvaluateConfig(device="cpu"), None, quiet)
+    assert result["utterances"] == 4
 
 
 def test_against_another(place: Path, quiet: Any) -> None:
@@ -308,6 +319,16 @@ def test_cells_of_other_utterances_are_not_compared(tmp_path: Path) -> None:
     scored(tmp_path, "untrained", 0, ["A B"])
     with pytest.raises(UserError, match="untrained-all-seed0/evaluate-test-none was scored on other utterances"):
         ladder.collect(tmp_path, ladder.LadderConfig())
+
+
+def test_a_ladder_takes_its_member_of_a_joint_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("modality: [audio, toy]\nstage: pretrain\n")
+    with pytest.raises(UserError, match="has no folder audio yet"):
+        ladder.main([f"from={tmp_path}"])
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "config.yaml").write_text("modality: audio\npreset: strange\n")
+    with pytest.raises(UserError, match="made for preset=strange and labels all"):
+        ladder.main([f"from={tmp_path}"])
 
 
 @pytest.mark.parametrize(

@@ -200,3 +200,8 @@ def test_mistakes_with_the_verb(d2v, tmp_path: Path, words: tuple[str, ...], sai
     status, printed = d2v(*words)
     assert status == 2 and said in printed, printed
     assert not list(tmp_path.glob("*.arpa"))
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_word(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("THE SEA\nTHE SHIP\n", encoding="utf-8-sig")
+    assert list(Text([str(tmp_path / "a.txt")])) == [["THE", "SEA"], ["THE", "SHIP"]]

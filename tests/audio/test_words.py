@@ -138,5 +138,6 @@ def test_words_of_a_model_with_accents_apart_are_those_of_the_references(tmp_pat
     emissions[torch.arange(len(path)), torch.tensor(path)] = -0.01
     (heard,) = understand([emissions], letters, decoder)
     assert heard.text == "caf\N{LATIN SMALL LETTER E WITH ACUTE} bar"
-    (tmp_path / "lexicon.txt").write_text(f"cafe{ACCENT}\tc a f e{ACCENT}\nbar\tb a r\n", encoding="utf-8")
-    assert read_lexicon(tmp_path / "lexicon.txt", letters).skipped == {}
+    (tmp_path / "lexicon.txt").write_text(f"cafe{ACCENT}\tc a f e{ACCENT}\nbar\tb a r\n", encoding="utf-8-sig")
+    found = read_lexicon(tmp_path / "lexicon.txt", letters)
+    assert found.skipped == {} and list(found.words) == [f"cafe{ACCENT}", "bar"]

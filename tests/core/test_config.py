@@ -178,6 +178,7 @@ def test_every_field_has_a_sentence():
         ("target.top_k_layers=3", "target.top_k_layers=3 must lie between 1 and 2"),
         ("loss.beta=-1", "loss.beta=-1.0 must be at least 0.0"),
         ("loss.scale=big", "loss.scale=big must be inverse_sqrt, mean, sum or a number"),
+        ("loss.scale=nan", "loss.scale=nan must be inverse_sqrt, mean, sum or a number"),
         ("teacher.ema_decay=1.1", "teacher.ema_decay=1.1 must lie between"),
         ("optim.betas=[0.9]", r"optim.betas=\[0.9\] must be two numbers"),
         ("optim.betas=[0.9,1.0]", r"optim.betas=\[0.9, 1.0\] must be two numbers"),

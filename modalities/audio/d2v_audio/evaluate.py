@@ -186,7 +186,8 @@ def on_device(recognizer: Recognizer, device: str) -> Recognizer:
     config = recognizer.config
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
-    return recognizer.to(pick_device(replace(config, train=replace(config.train, device=device))))
+    train = replace(config.train, device=device, precision="fp32")  # it was another in training at most
+    return recognizer.to(pick_device(replace(config, train=train)))
 
 
 def open_part(run: Path, name: str, given: Mapping[str, str] | None = None) -> Part:

@@ -123,7 +123,7 @@ def read_lexicon(path: str | Path, letters: Letters) -> Lexicon:
     entries: list[tuple[str, list[str]]] = []
     file = existing(path, "a lexicon", "lexicon")
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"lexicon={path} cannot be read: {error}.") from error
     for number, line in enumerate(lines, 1):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,7 @@ class Text:
             try:
                 with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
                     for number, line in enumerate(lines, 1):
+                        line = line.removeprefix(BOM_UTF8) if number == 1 else line
                         try:
                             words = [spell(word.decode()) for word in line.replace(b"\0", b" ").split()]
                         except UnicodeDecodeError as error:
