@@ -15,7 +15,7 @@ import pytest
 import soundfile as sf
 import torch
 
-from d2v_audio import evaluate, ladder, transcribe
+from d2v_audio import decode, evaluate, ladder, transcribe
 from d2v_audio.align import Word
 from d2v_audio.evaluate import EvaluateConfig, rates
 from d2v_audio.recognize import load_recognizer
@@ -165,6 +165,9 @@ def test_other_data(place: Path, quiet: Any) -> None:
         (["against=nowhere"], "is no folder"),
         (["data.path=/nowhere/x"], "does not exist"),
         (["transcripts.test_path=/nowhere/x"], "transcripts.test_path=/nowhere/x does not exist"),
+        (["worst=-1"], "worst=-1 must not be below 0"),
+        (["device=gpu"], "^device=gpu must be auto, cpu, cuda or cuda:N"),
+        (["device=cuda:99"], "^device=cuda:99, but"),
         (["data.also=[/nowhere/x]"], "are for pre-training"),
         (["data.split=dev"], "is for pre-training"),
     ],
@@ -203,6 +206,8 @@ def test_transcribe(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     Path("broken.wav").write_bytes(b"RIFF")
     with pytest.raises(UserError, match=r"broken\.wav"):
         transcribe.main(["run", "broken.wav"])
+    with pytest.raises(UserError, match="device=gpu must be auto"):
+        transcribe.main(["run", "dev", "device=gpu"])
     with pytest.raises(UserError, match="chunk_s=3"):
         transcribe.main(["run", "dev", "chunk_s=3", "overlap_s=2"])
     with pytest.raises(UserError, match="at least one audio file"):
@@ -321,6 +326,16 @@ def test_cells_of_other_utterances_are_not_compared(tmp_path: Path) -> None:
         ladder.collect(tmp_path, ladder.LadderConfig())
 
 
+def test_a_ladder_looks_for_its_search_before_it_trains(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "flashlight_missing", lambda with_lm: "ufal-kenlm is not installed")
+    with pytest.raises(UserError, match="engine=flashlight: ufal-kenlm is not installed"):
+        ladder.main([f"from={place}/pre", "labels=[6]", "lm=[2gram]", "decode.engine=flashlight"])
+    (place / "lm.bin").write_bytes(b"mmap lm http://kheafield.com/code format version 5\n")
+    with pytest.raises(UserError, match="binary format, which the built-in search cannot read"):
+        ladder.main([f"from={place}/pre", "labels=[6]", f"lm=[{place}/lm.bin]"])
+    assert not (place / "pre" / "ladder").exists()
+
+
 def test_a_ladder_takes_its_member_of_a_joint_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("modality: [audio, toy]\nstage: pretrain\n")
     with pytest.raises(UserError, match="has no folder audio yet"):
@@ -341,6 +356,8 @@ def test_a_ladder_takes_its_member_of_a_joint_run(tmp_path: Path) -> None:
         (["from=pre", "untrained.seed=3"], "sets seed of each cell itself"),
         (["from=pre", "untrained.labels=[6]"], r"untrained.labels=\[6\]: this is the same for all cells"),
         (["from=pre", "teacher.optim.lr=1"], r"teacher.optim.lr=1, but weights=\['student', 'untrained'\] has no"),
+        (["from=pre", "lm=[9gram]"], "lm=9gram: from 1gram to 6gram"),
+        (["from=pre", "lm=[2gram]", "lexicon=nowhere.txt"], "lexicon=nowhere.txt does not exist"),
         (["from=pre", "seeds=0"], "seeds=0 must be at least 1"),
         (["from=pre", "weights=[studnt]"], "weights=studnt must be one of"),
         (["from=pre", "labels=[1h,1h]"], "each once"),

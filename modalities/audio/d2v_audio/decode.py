@@ -104,24 +104,12 @@ def make_decoder(
     if lm is None and lexicon is None:
         raise UserError("a beam search needs a language model or a lexicon to know its words.")
     binary = lm is not None and is_binary(lm)
-    missing = flashlight_missing(lm is not None)
-    if config.engine == "flashlight" and missing:
-        raise UserError(f"engine=flashlight: {missing}. `pip install 'd2v[decode]'`, or take engine=builtin.")
+    missing = without_flashlight(config, lm, binary, lexicon is not None)
     builtin = config.engine == "builtin" or bool(missing)
-    if builtin and binary:
-        raise UserError(
-            f"LM={lm} is KenLM's binary format, which the built-in search cannot read"
-            + (f" ({missing})" if missing else "")
-            + ": `pip install 'd2v[decode]'` and take engine=flashlight, or give the ARPA file."
-        )
     if config.engine == "auto" and missing:
         say(f"Decoding with the built-in search, which is slower than flashlight's: {missing}.")
     if lexicon is None:
         assert lm is not None
-        if binary:
-            raise UserError(
-                f"LM={lm} is KenLM's binary format, which does not tell its words: give a lexicon file too."
-            )
         words = arpa_words(lm)
         lexicon = lexicon_of(words, letters)
     else:
@@ -150,6 +138,25 @@ def flashlight_missing(with_lm: bool = True) -> str | None:
         except Exception:  # what it raises depends on the version
             return "ufal-kenlm is not installed"
     return None
+
+
+def without_flashlight(config: DecodeConfig, lm: str | Path | None, binary: bool, has_lexicon: bool) -> str | None:
+    """Why flashlight's search cannot be used; None where it can. binary: whether `lm` is KenLM's binary format.
+
+    Raises UserError where no search can be made with these.
+    """
+    missing = flashlight_missing(lm is not None)
+    if config.engine == "flashlight" and missing:
+        raise UserError(f"engine=flashlight: {missing}. `pip install 'd2v[decode]'`, or take engine=builtin.")
+    if binary and (config.engine == "builtin" or missing):
+        raise UserError(
+            f"LM={lm} is KenLM's binary format, which the built-in search cannot read"
+            + (f" ({missing})" if missing else "")
+            + ": `pip install 'd2v[decode]'` and take engine=flashlight, or give the ARPA file."
+        )
+    if binary and not has_lexicon:
+        raise UserError(f"LM={lm} is KenLM's binary format, which does not tell its words: give a lexicon file too.")
+    return missing
 
 
 class _BuiltinDecoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -130,6 +131,8 @@ def evaluate(
     from d2v_core.metrics import finite, write_json
 
     config.decode.check()
+    if config.worst < 0:
+        raise UserError(f"worst={config.worst} must not be below 0.")
     if config.decode.tune and config.lm == words.NONE and config.lexicon is None:
         raise UserError("decode.tune=true: greedy decoding has no weights to tune. Give lm=FILE.arpa or lm=4gram.")
     out = _folder(run, config)
@@ -183,11 +186,17 @@ def on_device(recognizer: Recognizer, device: str) -> Recognizer:
 
     from d2v_core.loop import pick_device
 
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"device={device} must be auto, cpu, cuda or cuda:N.")
     config = recognizer.config
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     train = replace(config.train, device=device, precision="fp32")  # it was another in training at most
-    return recognizer.to(pick_device(replace(config, train=train)))
+    try:
+        found = pick_device(replace(config, train=train))
+    except UserError as error:
+        raise UserError(str(error).replace("train.device", "device")) from None
+    return recognizer.to(found)
 
 
 def open_part(run: Path, name: str, given: Mapping[str, str] | None = None) -> Part:

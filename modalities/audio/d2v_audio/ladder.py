@@ -17,13 +17,15 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2v_audio.decode import is_binary
+from d2v_audio.decode import is_binary, without_flashlight
 from d2v_audio.evaluate import RESULT, EvaluateConfig, chosen, evaluate, read_hypotheses
+from d2v_audio.lm import MAX_ORDER
 from d2v_audio.ngram import arpa_words
 from d2v_audio.words import SearchConfig
 from d2v_core.config import opt, options, read_yaml, run_of
 from d2v_core.contract import Sequel
 from d2v_core.errors import UserError
+from d2v_core.files import existing
 from d2v_core.verbs import print_help
 
 if TYPE_CHECKING:
@@ -218,11 +220,20 @@ def _check(config: LadderConfig, of_weights: Mapping[str, Sequence[str]] | None 
         raise UserError(f"weights={unknown[0]} must be one of: {', '.join(NAMES)}.")
     if len({_short(lm) for lm in config.lm}) < len(config.lm):
         raise UserError(f"lm={config.lm}: two of the files have the same name. Rename one.")
-    for lm in config.lm:
-        if lm != "none" and not re.fullmatch(r"\d+gram", lm) and not Path(lm).expanduser().is_file():
+    if config.lexicon is not None:
+        existing(config.lexicon, "a lexicon", "lexicon")
+    for lm in config.lm:  # what cannot be scored is refused before the first run
+        if lm == "none":
+            continue
+        order, file = re.fullmatch(r"(\d+)gram", lm), Path(lm).expanduser()
+        if order is None and not file.is_file():
             raise UserError(f"lm={lm} is neither none, nor 4gram or the like, nor a file.")
-        if Path(lm).expanduser().is_file() and not is_binary(lm):
-            arpa_words(Path(lm).expanduser())  # broken ones are refused before the first run
+        if order is not None and not 1 <= int(order[1]) <= MAX_ORDER:
+            raise UserError(f"lm={lm}: from 1gram to {MAX_ORDER}gram, or an ARPA file.")
+        binary = order is None and is_binary(lm)
+        without_flashlight(config.decode, lm, binary, config.lexicon is not None)
+        if order is None and not binary:
+            arpa_words(file)
 
 
 def _check_data(words: Sequence[str], part: str) -> None:
