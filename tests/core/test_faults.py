@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Collection, Generator
@@ -77,6 +78,29 @@ def test_a_bad_step_moves_nothing(make: Callable, precision: str, value: float, 
     assert updater.outcome.applied and math.isfinite(float(result.loss))
     moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
     assert any(name.startswith("teacher.") for name in moved) and any(name.startswith("student.") for name in moved)
+
+
+def test_a_loss_scaler_skips_the_step_that_everybody_skips(make: Callable):
+    """An infinite loss may have finite gradients, which are all that torch's scaler looks at; of a sharded network it
+    looks at this process's part of them."""
+    made = make("train.precision=fp16")
+    model = build_model(made).train()
+    updater = Updater(model, made.config, torch.device("cpu"))
+    loader = iter(StepLoader(made, made.dataset("train"), seed=0))
+    for step in range(8):  # until the scale is found
+        updater.update(2 + step, next(loader)[2], made.teacher_inputs)
+    assert updater.outcome.applied
+    before, scale = copy.deepcopy(model.state_dict()), updater.scaler.get_scale()
+
+    def infinite(*args):
+        out = model(*args)
+        return dataclasses.replace(out, loss_sum=out.loss_sum + math.inf)
+
+    updater.forward = infinite
+    updater.update(10, next(loader)[2], made.teacher_inputs)
+    assert not updater.outcome.applied and updater.outcome.grad_norm.isfinite()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert updater.scaler.get_scale() == scale / 2
 
 
 def test_a_single_bad_step_is_counted_and_written_down(d2v: Callable, tmp_path: Path):
