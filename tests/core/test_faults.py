@@ -227,6 +227,21 @@ def test_the_best_weights_are_those_of_the_way_that_was_taken(d2v: Callable, tmp
     assert any(not torch.equal(kept[0][1][name], tensor) for name, tensor in kept[1][1].items())
 
 
+def test_the_step_of_the_best_weights_is_that_of_the_weights(d2v: Callable, monkeypatch, tmp_path: Path):
+    """Step 4 scores best, the run goes back to step 3, and nothing is better afterwards."""
+    assert d2v(*words(tmp_path / "source"))[0] == 0
+    out, scores = tmp_path / "tuned", iter([50.0, 90.0, *[10.0] * 9])  # of steps 2, 4, 4 again, 6, 8
+    monkeypatch.setattr(Finetuner, "score", lambda self, outputs: {"accuracy": next(scores)})
+    more = ("stage=finetune", "finetune.eval_every=2", "train.checkpoint_every=3", "train.bad_steps_limit=2",
+            "train.max_steps=8")  # fmt: skip
+    with poisoned(range(5, 7), Finetuner):
+        status, text = d2v(*words(out, f"from={tmp_path / 'source'}", *more))
+    assert status == 0 and "going back" in text
+    assert [folder.name for folder in list_checkpoints(out / "best")] == ["step-00000004"]
+    assert json.loads((out / "summary.json").read_text())["finetune"]["best_step"] == 4
+    assert "the weights of step 4 were best on dev" in text
+
+
 # ---------------------------------------------------------------------------------------------------- in isolation
 
 

@@ -7,13 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from d2v_core import loop
+from d2v_core.batching import StepLoader
 from d2v_core.checkpoint import list_checkpoints
 from d2v_core.config import load_config
+from d2v_core.counting import Fakes, traceless
 from d2v_core.errors import UserError
 from d2v_core.loop import pick_device
+from d2v_core.run import build_model
 from d2v_core.schedules import lr_at
+from d2v_core.trainer import Trainer, Updater
 
 
 def words(out: Path, *more: str) -> list[str]:
