@@ -193,7 +193,7 @@ class Loop(ABC, Generic[ModelT]):
         self.unit = modality.unit
         self.processes = current()
         self.device = self.processes.device(pick_device(self.config))
-        if self.device.type == "cuda" and self.device.index is not None:
+        if str(self.device).startswith("cuda:"):
             torch.cuda.set_device(self.device)  # else what names no GPU, such as pinned memory, takes up the first one
         if self.config.train.num_threads:
             torch.set_num_threads(self.config.train.num_threads)
