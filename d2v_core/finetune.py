@@ -265,8 +265,9 @@ class Finetuner(Loop[Network]):
     def finish(self) -> None:
         task, progress, summary = self.split.task, self.progress, self.summary()
         folder = run.best_checkpoint(self.out)
+        best_step = checkpoint.step_of(folder)  # which may be of a time that the run has gone back from
         run.load_state(self._scored().state_dict(), checkpoint.load(folder, state=False).model, str(folder))
-        result: dict[str, Any] = {"task": task.name, "metrics": list(task.metrics), "best_step": progress.best_step}
+        result: dict[str, Any] = {"task": task.name, "metrics": list(task.metrics), "best_step": best_step}
         result |= {"labels": len(self.split.train.labels), **self.notes}
         for name, part in (("dev", self.split.dev), ("test", task.test if self.tested else None)):
             if part is not None:
@@ -281,7 +282,7 @@ class Finetuner(Loop[Network]):
             if name in result:
                 self.say(f"{name}: {_shown(result[name])}")
         self.say(
-            f"{progress.step} steps in {progress.seconds:.0f} s; the weights of step {progress.best_step} were best on "
+            f"{progress.step} steps in {progress.seconds:.0f} s; the weights of step {best_step} were best on "
             f"dev. The run lies in [bold]{place}[/bold].\nNext:\n"
             f"  python -c \"import d2v_core; print(d2v_core.load_finetuned('{place}'))\""
         )

@@ -59,6 +59,7 @@ class OptimizerStep:
             return_only_large_blocks()
         self.dtype = AUTOCAST[config.train.precision]
         self.scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.scaler.scale(torch.zeros((), device=device))  # makes the scale, also where no micro-batch will come by
         self.model = model
         self.outcome: Outcome
 
@@ -92,7 +93,8 @@ class OptimizerStep:
         grad_norm = self.sharing.clip(math.inf if limit is None else limit)
         applied = (loss_sum.isfinite() & grad_norm.isfinite()).float()
         self.weigh(applied)
-        if self.scaler.is_enabled():  # finds the same out by itself
+        if self.scaler.is_enabled():
+            self._tell_scaler(applied)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -109,6 +111,12 @@ class OptimizerStep:
 
         self.outcome = Outcome(applied, loss_sum / total, grad_norm, self.scaler.is_enabled(), find)
         return self.outcome.loss, grad_norm
+
+    def _tell_scaler(self, applied: Tensor) -> None:
+        """It has looked at the gradients of this process alone, of which a sharded network has a part, and not at the
+        loss, which may be infinite where they are finite."""
+        for found in self.scaler._found_inf_per_device(self.optimizer).values():  # pyright: ignore[reportPrivateUsage]
+            found.copy_(1.0 - applied)
 
     def weigh(self, applied: Tensor) -> None:
         """Called when the gradients are complete and clipped; may scale them. applied: () float32, 0 where the update
@@ -185,6 +193,8 @@ class Loop(ABC, Generic[ModelT]):
         self.unit = modality.unit
         self.processes = current()
         self.device = self.processes.device(pick_device(self.config))
+        if str(self.device).startswith("cuda:"):
+            torch.cuda.set_device(self.device)  # else what names no GPU, such as pinned memory, takes up the first one
         if self.config.train.num_threads:
             torch.set_num_threads(self.config.train.num_threads)
         self.progress = Progress()
@@ -265,10 +275,12 @@ class Loop(ABC, Generic[ModelT]):
             for module in self.model.modules():
                 if isinstance(module, Block):
                     module.compile()  # pyright: ignore[reportUnknownMemberType]
-        with self._signals(), Display(self.console, train.max_steps, self.progress.step, self.unit) as display:
-            finished = self._going_back_once(display)
+        with self._signals():
+            with Display(self.console, train.max_steps, self.progress.step, self.unit) as display:
+                finished = self._going_back_once(display)
+            if not finished:  # here, so that the same signal, passed on a second time, does not end the saving
+                self.save()
         if not finished:
-            self.save()
             name = signal.Signals(self._signal or signal.SIGINT).name
             self.say(
                 f"\nStopped by {name} after step {self.progress.step} of {train.max_steps}; a checkpoint is saved. "
@@ -338,8 +350,9 @@ class Loop(ABC, Generic[ModelT]):
                         tuple(pair for batch in step_batches for pair in batch.skipped),
                     )
                 )  # fmt: skip
-                self._signal = next((turn.signal for turn in turns if turn.signal is not None), None)
-                if self._signal is not None:
+                told = next((turn.signal for turn in turns if turn.signal is not None), None)
+                if told is not None:  # one that came meanwhile is told in the next turn
+                    self._signal = told
                     return False
                 self.note_place(epoch, epoch_step)
                 self._note_unread(turns)
@@ -387,9 +400,9 @@ class Loop(ABC, Generic[ModelT]):
                         progress.seconds = base + time.perf_counter() - started
                         self.save()
             faults.settle()
-            progress.seconds = base + time.perf_counter() - started
             return True
         finally:
+            progress.seconds = base + time.perf_counter() - started
             batches.close()  # ends the workers
             for writer in writers:
                 writer.close()

@@ -8,6 +8,8 @@ on from the micro-batch that is missing: no other one is lost or changed.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import itertools
 import signal
 import time
@@ -137,6 +139,10 @@ class Workers(Generic[PlaceT, BatchT]):
         )
         iterator = iter(loader)
         processes: list[Any] = getattr(iterator, "_workers", [])  # none where this process reads by itself
+        # An error that nobody catches holds on to this frame until Python ends, which would then wait for ever for
+        # processes that ignore its SIGTERM.
+        end = functools.partial(_end, iterator, processes)
+        atexit.register(end)
         with _no_raising_at_deaths():
             try:
                 while True:
@@ -151,20 +157,25 @@ class Workers(Generic[PlaceT, BatchT]):
                         if not slow:
                             if isinstance(error, RuntimeError) or str(error).startswith("Caught "):
                                 raise
-                            self._look(processes)
+                            self._look(iterator, processes)
                             raise
                     else:
                         yield batch
                         continue
-                    self._look(processes)  # nobody has fallen: the same batch is waited for again
+                    self._look(iterator, processes)  # nobody has fallen: the same batch is waited for again
             finally:
                 self._end_those_that_hang(processes)
-                _end(iterator, processes)
+                end()
+                atexit.unregister(end)
 
-    def _look(self, processes: Sequence[Any]) -> None:
+    def _look(self, iterator: Any, processes: Sequence[Any]) -> None:
         for worker, process in enumerate(processes):
             if not process.is_alive():
                 raise _Fallen(_how(process.exitcode), self.reader.desk.sample_of(worker))
+        # With a GPU batches pass through a thread of torch's, which dies of a batch that it cannot receive.
+        pinning = getattr(iterator, "_pin_memory_thread", None)
+        if pinning is not None and not pinning.is_alive():
+            raise _Fallen("is heard no more, since the thread that pins its batches has ended", None)
         for worker, seconds in self.reader.desk.seconds():
             if seconds > self.policy.timeout:
                 raise _Fallen(f"has hung for {seconds:.0f} s", self.reader.desk.sample_of(worker))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d2v_core import checkpoint, distributed
+from d2v_core import checkpoint, distributed, loop
 from d2v_core.batching import StepLoader
 from d2v_core.config import load_config
 from d2v_core.distributed import LOST, Processes
@@ -152,6 +152,20 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path: Pa
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["bad_steps"] for line in lines] == [0, 0, 1, 1, 1, 1]
     assert all(t.isfinite().all() for t in newest(out).model.values())
+
+
+def test_a_process_without_micro_batches_has_a_loss_scale(tmp_path: Path):
+    """Scaling a first loss is what makes one, and here a step has one micro-batch for two processes."""
+
+    def on_the_host(rank: int) -> None:
+        del rank
+        loop.pick_device = lambda config: torch.device("cpu")  # which refuses fp16 there, for it is slow
+
+    words = [*PLAIN, "data.batch=48", "train.precision=fp16", "train.probe=false", f"out={tmp_path}/run"]
+    done = run_together(2, words, tmp_path / "logs", on_the_host)
+    assert [each.status for each in done] == [0, 0], done
+    stored = newest(tmp_path / "run").state
+    assert stored["scaler"]["scale"] > 0 and stored["progress"]["bad_steps"] == 0
 
 
 def test_too_many_such_steps_end_all_with_one_message(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Collection, Generator
@@ -77,6 +78,29 @@ def test_a_bad_step_moves_nothing(make: Callable, precision: str, value: float, 
     assert updater.outcome.applied and math.isfinite(float(result.loss))
     moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
     assert any(name.startswith("teacher.") for name in moved) and any(name.startswith("student.") for name in moved)
+
+
+def test_a_loss_scaler_skips_the_step_that_everybody_skips(make: Callable):
+    """An infinite loss may have finite gradients, which are all that torch's scaler looks at; of a sharded network it
+    looks at this process's part of them."""
+    made = make("train.precision=fp16")
+    model = build_model(made).train()
+    updater = Updater(model, made.config, torch.device("cpu"))
+    loader = iter(StepLoader(made, made.dataset("train"), seed=0))
+    for step in range(8):  # until the scale is found
+        updater.update(2 + step, next(loader)[2], made.teacher_inputs)
+    assert updater.outcome.applied
+    before, scale = copy.deepcopy(model.state_dict()), updater.scaler.get_scale()
+
+    def infinite(*args):
+        out = model(*args)
+        return dataclasses.replace(out, loss_sum=out.loss_sum + math.inf)
+
+    updater.forward = infinite
+    updater.update(10, next(loader)[2], made.teacher_inputs)
+    assert not updater.outcome.applied and updater.outcome.grad_norm.isfinite()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert updater.scaler.get_scale() == scale / 2
 
 
 def test_a_single_bad_step_is_counted_and_written_down(d2v: Callable, tmp_path: Path):
@@ -201,6 +225,21 @@ def test_the_best_weights_are_those_of_the_way_that_was_taken(d2v: Callable, tmp
         assert d2v(*words(out, f"from={tmp_path / 'source'}", *more))[0] == 0
     assert [step for step, _ in kept][:2] == [4, 4]
     assert any(not torch.equal(kept[0][1][name], tensor) for name, tensor in kept[1][1].items())
+
+
+def test_the_step_of_the_best_weights_is_that_of_the_weights(d2v: Callable, monkeypatch, tmp_path: Path):
+    """Step 4 scores best, the run goes back to step 3, and nothing is better afterwards."""
+    assert d2v(*words(tmp_path / "source"))[0] == 0
+    out, scores = tmp_path / "tuned", iter([50.0, 90.0, *[10.0] * 9])  # of steps 2, 4, 4 again, 6, 8
+    monkeypatch.setattr(Finetuner, "score", lambda self, outputs: {"accuracy": next(scores)})
+    more = ("stage=finetune", "finetune.eval_every=2", "train.checkpoint_every=3", "train.bad_steps_limit=2",
+            "train.max_steps=8")  # fmt: skip
+    with poisoned(range(5, 7), Finetuner):
+        status, text = d2v(*words(out, f"from={tmp_path / 'source'}", *more))
+    assert status == 0 and "going back" in text
+    assert [folder.name for folder in list_checkpoints(out / "best")] == ["step-00000004"]
+    assert json.loads((out / "summary.json").read_text())["finetune"]["best_step"] == 4
+    assert "the weights of step 4 were best on dev" in text
 
 
 # ---------------------------------------------------------------------------------------------------- in isolation

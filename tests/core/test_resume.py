@@ -17,9 +17,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from d2v_core import load
+from d2v_core import checkpoint, load
 from d2v_core.checkpoint import list_checkpoints
 from d2v_core.config import read_yaml
+from d2v_core.distributed import Processes
+from d2v_core.loop import Turn
 from d2v_core.trainer import Updater
 
 STEPS = 12  # 5 epochs of 3 or fewer steps
@@ -94,6 +96,46 @@ def test_stopped_and_resumed_is_the_same(d2v, read_run, straight, monkeypatch, t
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == STEPS
     assert summary["amount"] == json.loads((straight / "summary.json").read_text())["amount"]
+
+
+def test_a_signal_that_comes_while_the_processes_tell_their_turns_is_not_lost(d2v, monkeypatch, tmp_path):
+    """There a process waits for the slowest of them, so that it is where most signals reach it."""
+    gather, turns = Processes.gather, []
+
+    def interrupted(self, value):
+        given = gather(self, value)
+        if isinstance(value, Turn):
+            turns.append(value)
+            if len(turns) == 3:
+                signal.raise_signal(signal.SIGINT)
+        return given
+
+    monkeypatch.setattr(Processes, "gather", interrupted)
+    status, text = d2v(*words(tmp_path / "run"))
+    assert status == 130 and "Stopped by SIGINT after step 3" in text
+
+
+def test_a_signal_passed_on_a_second_time_does_not_end_the_saving(d2v, monkeypatch, tmp_path):
+    save, out = checkpoint.save, tmp_path / "run"
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    with stopping_after(3):
+        status, text = d2v(*words(out))
+    assert status == 130 and "Stopped by SIGINT after step 3" in text
+    assert [p.name for p in list_checkpoints(out / "checkpoints")] == ["step-00000003"]
+
+
+def test_the_time_since_the_last_line_of_metrics_counts(d2v, tmp_path):
+    out = tmp_path / "run"
+    with stopping_after(4):
+        assert d2v(*words(out, "train.log_every=100"))[0] == 130
+    (first,) = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    stored = checkpoint.load(list_checkpoints(out / "checkpoints")[-1]).state["progress"]
+    assert first["step"] == 1 and stored["step"] == 4 and stored["seconds"] > first["seconds"]
 
 
 def test_stopped_twice_with_other_options_of_logging(d2v, read_run, straight, monkeypatch, tmp_path):

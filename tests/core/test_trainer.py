@@ -7,13 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from d2v_core import loop
+from d2v_core.batching import StepLoader
 from d2v_core.checkpoint import list_checkpoints
 from d2v_core.config import load_config
+from d2v_core.counting import Fakes, traceless
 from d2v_core.errors import UserError
 from d2v_core.loop import pick_device
+from d2v_core.run import build_model
 from d2v_core.schedules import lr_at
+from d2v_core.trainer import Trainer, Updater
 
 
 def words(out: Path, *more: str) -> list[str]:
@@ -81,6 +89,40 @@ def test_cuda_where_there_is_none(d2v, tmp_path: Path):
         assert status == 2 and f"train.device={device}, but torch sees no CUDA device" in text
     config = load_config(["modality=toy", "train.device=auto"])[0]
     assert pick_device(config) == torch.device("cpu")
+
+
+def test_a_gpu_that_is_named_is_the_current_one(make, monkeypatch, tmp_path: Path):
+    """What names none, such as the thread that pins batches, would else take up memory of the first one."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(loop, "pick_device", lambda config: torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    Trainer(make(), tmp_path, Console(quiet=True))
+    assert chosen == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_on_a_gpu_waits_for_no_value_and_mixes_no_devices(make, monkeypatch, precision: str):
+    """With tensors of which only shape, type and device are known: to ask one for its value is an error, and so is to
+    put those of two devices together. The backward pass needs a device that is there."""
+    made = make(f"train.precision={precision}")
+    model, device = build_model(made).train(), torch.device("cuda:0")
+    fakes = Fakes(device)
+    fakes.model(model)
+    _, _, batches = next(iter(StepLoader(made, made.dataset("train"), seed=0)))
+
+    def backward(loss: Tensor) -> None:
+        assert loss.device == device
+        for parameter in updater.parameters:
+            parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr(Tensor, "backward", backward)
+    with traceless(), fakes.mode:
+        updater = Updater(model, made.config, device)
+        for step in range(2):
+            result = updater.update(step, [fakes.batch(batch) for batch in batches], made.teacher_inputs)
+            assert {result.loss.device, result.grad_norm.device, updater.outcome.applied.device} == {device}
+        with pytest.raises(DataDependentOutputException):
+            float(result.loss)
 
 
 def test_bf16_runs_near_fp32_and_keeps_float32_weights(d2v, read_run, tmp_path: Path):

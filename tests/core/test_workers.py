@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -107,6 +110,58 @@ def test_what_a_reader_raises_is_raised(make, monkeypatch, quick):
     monkeypatch.setattr(type(toy), "collate", lambda self, samples: 1 // 0)
     with pytest.raises(ZeroDivisionError, match="Caught ZeroDivisionError in DataLoader worker"):
         read(toy, num_workers=1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_where_the_thread_that_pins_batches_dies_new_processes_go_on(make, monkeypatch, quick):
+    """It dies of what it cannot receive, such as "received 0 items of ancdata"; torch then waits for ever, if it has a
+    timeout, as here."""
+    toy = make("data.num_samples=14")
+    expected = [ids for _, ids, *_ in read(toy)]
+    threads: list[threading.Thread] = []
+
+    def pin(data, device=None):
+        threads.append(threading.current_thread())
+        if len(threads) == 3:
+            raise SystemExit  # no Exception, which torch would hand on
+        return data
+
+    for name, value in (("is_available", True), ("current_device_index", 0), ("set_device_index", None),
+                        ("current_accelerator", torch.device("cpu"))):  # fmt: skip
+        monkeypatch.setattr(torch.accelerator, name, lambda *given, value=value: value)
+    monkeypatch.setattr(torch.utils.data._utils.pin_memory, "pin_memory", pin)
+    said: list[str] = []
+    found = read(toy, WorkerPolicy(3, 60.0, said.append), num_workers=1, pin_memory=True)
+    assert [ids for _, ids, *_ in found] == expected
+    assert len(said) == 1 and "the thread that pins its batches has ended" in said[0]
+    assert len(set(threads)) == 2 and not any(thread.is_alive() for thread in threads)
+
+
+def test_an_error_that_nobody_catches_ends_the_program_and_its_processes(environment):
+    """Its traceback holds on to the loader until Python ends."""
+    code = """
+        from d2v_core.batching import whole_batches
+        from d2v_core.config import load_config
+
+        config, kind = load_config(["modality=toy"])
+        toy = kind(config)
+
+        def use(batches):
+            for batch in batches:
+                raise RuntimeError("CUDA out of memory")
+
+        use(whole_batches(toy, toy.dataset("train"), range(14), 2, num_workers=2))
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as program:  # fmt: skip
+        try:
+            _, said = program.communicate(timeout=60)  # which waits for the processes too: they have its stderr
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+    assert program.returncode == 1 and said.endswith("RuntimeError: CUDA out of memory\n")
 
 
 def test_torch_s_handler_is_there_again_afterwards(make, quick):
