@@ -21,7 +21,7 @@ from d2v_audio.decode import is_binary
 from d2v_audio.evaluate import RESULT, EvaluateConfig, chosen, evaluate, read_hypotheses
 from d2v_audio.ngram import arpa_words
 from d2v_audio.words import SearchConfig
-from d2v_core.config import opt, options, read_yaml
+from d2v_core.config import opt, options, read_yaml, run_folder
 from d2v_core.contract import Sequel
 from d2v_core.errors import UserError
 from d2v_core.verbs import print_help
@@ -171,9 +171,7 @@ def _source(words: Sequence[str]) -> tuple[Path, list[str]]:
     given = [word for word in words if word.startswith("from=")]
     if len(given) != 1 or given[0] == "from=":
         raise UserError("ladder needs from=RUN, the folder of a pre-training run, once.")
-    source = Path(given[0].partition("=")[2])
-    if not (source / "config.yaml").is_file():
-        raise UserError(f"from={source} is not a run folder: it has no config.yaml.")
+    source = run_folder(Path(given[0].partition("=")[2]), "from=")
     rest = [word for word in words if word not in given]
     _refuse_own(rest)
     return source, rest
