@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,13 +36,6 @@ def shapes(case: Case) -> str:
     """
     mini, model = case.mini, case.model
     rows = len(mini.samples)
-    for name, value in mini.inputs.items():
-        if not isinstance(cast("Any", value), Tensor):
-            raise Broken(f"collate() gives {name!r} as {form(value)}; expected a tensor.")
-        if value.shape[:1] != (rows,):
-            raise Broken(
-                f"collate() gives {name!r} of shape {shape(value)} for {rows} samples; the first axis is theirs."
-            )
     amount = case.modality.amount(mini.inputs)
     if not 0 < amount < math.inf:
         raise Broken(f"amount() of {rows} samples is {amount}; expected how many {case.modality.unit} they hold.")
@@ -97,7 +89,7 @@ def _check_tokens(case: Case, tokens: Tokens) -> None:
         raise Broken(
             f"embed() marks {int(tokens.padding_mask[row].sum())} tokens of sample {row} as padding, but by layout() "
             f"it has {mini.layouts[row].num_tokens} of {mini.num_tokens}. True = padding, behind the sample's own "
-            "tokens."
+            "tokens; and collate() keeps the order of its samples."
         )
 
 
@@ -174,7 +166,7 @@ def padding(case: Case) -> str:
                         f"In {view}, a sample of {length} tokens gives other values after {stage} when it stands "
                         f"beside one of {width} tokens: {distance:.1e} of their size apart, {TOLERANCE:.0e} is rounding"
                         ". Keep padding out of means, norms and convolutions (set it to zero before each), mark it in "
-                        "padding_mask, and let no sample look at another."
+                        "padding_mask, let no sample look at another, and keep the order of samples in collate()."
                     )
         _padding_in_predictions(model, both, masks)
     if width == length:
