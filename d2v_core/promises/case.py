@@ -195,7 +195,7 @@ def collated(modality: Modality[Any], samples: list[Any]) -> Mapping[str, Tensor
             )
         if value.dtype == torch.float64:
             raise Broken(
-                f"collate() gives {name!r} as {form(value)}, which is what NumPy counts in and no network's weights are; "
+                f"collate() gives {name!r} as {form(value)}, as NumPy counts, where networks have float32; "
                 "give torch.float32."
             )
     return inputs

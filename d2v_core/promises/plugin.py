@@ -211,9 +211,9 @@ def _cropped(case: Case) -> None:
         return
     if found > expected:
         raise Broken(
-            f"prepare() leaves {found} tokens of sample {dataset.id(long)!r} when it is asked for size {size}, of which "
-            f"{dataset.id(short)!r} has {expected}: steps would take more memory than batching() says. Crop to the size, "
-            "or give Batching(crop=False), with which shorter samples are padded."
+            f"prepare() leaves {found} tokens of sample {dataset.id(long)!r} when it is asked for size {size}, of "
+            f"which {dataset.id(short)!r} has {expected}: steps would take more memory than batching() says. Crop to "
+            "the size, or give Batching(crop=False), with which shorter samples are padded."
         )
 
 

@@ -4,6 +4,7 @@
 # torch leaves much of what is used here untyped.
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -42,6 +43,13 @@ def shapes(case: Case) -> str:
     with torch.no_grad():
         tokens = model.student.encoder.embed(mini.inputs)
         _check_tokens(case, tokens)
+        with torch.random.fork_rng(devices=[]):
+            training = copy.deepcopy(model.student.encoder).train().embed(mini.inputs)
+        if apart(training.x, tokens.x) > TOLERANCE:
+            raise Broken(
+                "embed() gives other values in training than in eval mode: it has dropout, noise or a norm over a batch "
+                "in it. The teacher may be given the same tokens, so dropout and noise belong into view()."
+            )
         _check_view(case, tokens, None)
         masks = case.masks(mini.layouts, 2)
         view = _check_view(case, tokens, masks)

@@ -509,6 +509,13 @@ class Reversed(Toy):
         return super().collate(samples[::-1])
 
 
+class DropsContent(Toy):
+    class Encoder(ToyEncoder):
+        def embed(self, inputs):
+            tokens = super().embed(inputs)
+            return replace(tokens, x=nn.functional.dropout(tokens.x, 0.1, self.training))
+
+
 class NoPolicy(Toy):
     def masking(self):
         return None
@@ -516,11 +523,12 @@ class NoPolicy(Toy):
 
 FAULTS = [
     (NumbersForNames, "data", r"dataset.id\(0\) gives int; expected a str"),
-    (NeverCrops, "data", r"prepare\(\) leaves \d+ tokens of sample 'sample-\d+' when it is asked for size 12.*crop=False"),
+    (NeverCrops, "data", r"prepare\(\) leaves \d+ tokens of sample 'sample-\d+' when .* size 12.*crop=False"),
     (Arrays, "data", r"collate\(\) gives 'x' as .* float32; expected a tensor"),
     (Pair, "gradients", r"collate\(\) gives tuple; expected a mapping"),
     (Doubles, "shapes", r"collate\(\) gives 'x' as .* torch.float64, .* give torch.float32"),
     (Reversed, "shapes", r"embed\(\) marks .* collate\(\) keeps the order of its samples"),
+    (DropsContent, "shapes", r"embed\(\) gives other values in training than in eval mode.*belong into view"),
     (NoPolicy, "masks", r"masking\(\) gives NoneType; expected a policy"),
     (OneTooMany, "shapes", r"embed\(\) gives x of shape .* layout\(\) and model.embed_dim .* say"),
     (Halves, "shapes", r"gives x as torch.float16; expected torch.float32"),
