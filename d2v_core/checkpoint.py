@@ -116,8 +116,8 @@ def _write(folder: Path, step: int, checkpoint: Checkpoint) -> None:
     plain = {name: _plain(each) for name, each in tensors.items()}
     kind = _DIGESTS[FORMAT]
     files: dict[str, Any] = {_NUMBERS: {kind: _digest(numbers, kind)}}
-    # The digests are of the tensors in memory, made while the disk flushes their file. It is the flush that runs beside,
-    # since it needs no interpreter lock: two threads that hash and write wait for that lock at every tensor.
+    # The digests are of the tensors in memory, made while the disk flushes their file. It is the flush that runs
+    # beside, since it needs no interpreter lock: two threads that hash and write wait for that lock at every tensor.
     with ThreadPoolExecutor(1) as beside:
         for name, each in plain.items():
             save_file(each, folder / name)

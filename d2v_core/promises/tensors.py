@@ -47,8 +47,8 @@ def shapes(case: Case) -> str:
             training = copy.deepcopy(model.student.encoder).train().embed(mini.inputs)
         if apart(training.x, tokens.x) > TOLERANCE:
             raise Broken(
-                "embed() gives other values in training than in eval mode: it has dropout, noise or a norm over a batch "
-                "in it. The teacher may be given the same tokens, so dropout and noise belong into view()."
+                "embed() gives other values in training than in eval mode: it holds dropout, noise or a batch norm. "
+                "The teacher may be given the same tokens, so dropout and noise belong into view()."
             )
         _check_view(case, tokens, None)
         masks = case.masks(mini.layouts, 2)
