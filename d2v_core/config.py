@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from d2v_core.errors import UserError
+from d2v_core.files import first, near
 
 if TYPE_CHECKING:
     from d2v_core.contract import Modality, Sequel
@@ -442,8 +443,7 @@ def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig
         if not values.get("from"):
             raise UserError(f"stage={stage} needs from=RUN, the folder of a pre-training run.")
         source = Path(values["from"])
-        if not (source / "config.yaml").is_file():
-            raise UserError(f"from={source} is not a run folder: it has no config.yaml.")
+        run_folder(source, "from=")
         stored = read_yaml(source / "config.yaml")
         if stored.get("stage", "pretrain") != "pretrain":
             raise UserError(
@@ -454,10 +454,7 @@ def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig
             raise UserError(f"from={source} is a run of modality={kind}, not {values['modality']}.")
     name = values.get("modality", "")
     if not name:
-        raise UserError(
-            "modality is missing: write for example `d2v run modality=NAME`. "
-            f"Installed: {', '.join(plugins.names()) or 'none'}."
-        )
+        raise UserError(f"modality is missing: add modality=NAME. Installed: {', '.join(plugins.names()) or 'none'}.")
     modality = cast("type[Modality[Any]]", (modality_of or plugins.load)(name))
     preset = values.get("preset", cast("str", KEYS["preset"][0]))
     recipe = {} if stage == "probe" else _read_recipe(modality, preset, stage)
@@ -473,6 +470,21 @@ def load_config(argv: Sequence[str], modality_of: Any = None) -> tuple[RunConfig
         )
     where = f"preset {preset}" if source is None else f"{source / 'config.yaml'} or preset {preset}"
     return _merge(modality, recipe, {**values, "encoder": encoder}, where, stage=stage), modality
+
+
+def run_folder(given: Path, key: str = "") -> Path:
+    """`given` as it is. Raises UserError where it is no run folder, with what is near; key: stands before it there."""
+    if (given / "config.yaml").is_file():
+        return given
+    if not given.exists():
+        what = "Neither is it there: " + near(given.expanduser().resolve())
+    elif (given.resolve().parent / "config.yaml").is_file():
+        what = f"The folder around it is one: {given.parent}."
+    elif given.is_dir() and (inside := sorted(path.parent.name for path in given.glob("*/config.yaml"))):
+        what = f"Run folders in it: {first(inside, ', ')}."
+    else:
+        what = "Give the folder that `d2v run` names when it ends."
+    raise UserError(f"{key}{given} is not a run folder: it has no config.yaml. {what}")
 
 
 def run_of(source: Path, modality: str | None) -> Path:
@@ -635,7 +647,10 @@ def check(config: RunConfig) -> RunConfig:
         within("finetune.ema_decay", tune.ema_decay, 0.0, 1.0)
     if config.labels is not None:
         if config.stage == "pretrain":
-            problems.append(f"labels={config.labels} has no meaning for stage=pretrain, which uses none")
+            problems.append(
+                f"labels={config.labels} has no meaning for stage=pretrain, which uses none: leave "
+                "it out, or add stage=finetune from=RUN"
+            )
         elif not num_labels(config.labels, 10**9) and not with_unit(config.labels):
             problems.append(
                 f"labels={config.labels} must be a number of samples such as 500, a share such as 10%, or, where the "
@@ -712,7 +727,11 @@ def _merge(
     for key in values:
         section = key.split(".")[0]
         if section in CORE_SECTIONS and section not in STAGES[stage]:
-            raise UserError(f"{key}={values[key]}: stage={stage} has no section {section}.")
+            having = " or ".join(f"stage={name}" for name, sections in STAGES.items() if section in sections)
+            raise UserError(
+                f"{key}={values[key]}: stage={stage} has no section {section}, {having} has. Leave the option out, or "
+                "give the stage that is meant."
+            )
     clash = own.keys() & (CORE_SECTIONS.keys() | KEYS.keys())
     if clash:
         raise TypeError(f"modality {modality.name!r} declares sections that the core has: {sorted(clash)}")

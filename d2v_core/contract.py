@@ -302,7 +302,8 @@ class Task(Generic[SampleT]):
     edits per symbol of the labels. show: how a sequence is written in files; None = symbols with blanks between.
     choose: which samples of `train` a value of `labels` means that is neither a number nor a share ("10m"), ascending;
     given that value, the part and the run's seed. Raises UserError. left_out: ids of samples that are in no part though
-    they were found, and why.
+    they were found, and why. verbs: commands for a run of it, which fine-tuning names when it ends, RUN in place of the
+    folder.
     """
 
     name: str
@@ -318,6 +319,7 @@ class Task(Generic[SampleT]):
     show: Callable[[Sequence[int]], str] | None = None
     choose: Callable[[str, LabelledPart[SampleT], int], np.ndarray] | None = None
     left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    verbs: tuple[str, ...] = ()
 
 
 class FeatureEncoder(nn.Module, ABC):

@@ -27,11 +27,16 @@ def existing(given: str | Path, expected: str, key: str = KEY) -> Path:
     path = Path(given).expanduser().resolve()
     if path.exists():
         return path
+    raise UserError(f"{key}={given} does not exist: {near(path)}")
+
+
+def near(path: Path) -> str:
+    """Where an absolute path that does not exist leaves what exists, and what is there instead, in two sentences."""
     parent = next(parent for parent in path.parents if parent.is_dir())
     missing, names = path.relative_to(parent).parts[0], sorted(os.listdir(parent))
-    near = difflib.get_close_matches(missing, names, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There is: {', '.join(names[:9]) or '-'}."
-    raise UserError(f"{key}={given} does not exist: there is no {missing!r} in {parent}. {hint}")
+    alike = difflib.get_close_matches(missing, names, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, alike))}?" if alike else f"There is: {', '.join(names[:9]) or '-'}."
+    return f"there is no {missing!r} in {parent}. {hint}"
 
 
 def cache_folder(name: str) -> Path:

@@ -284,7 +284,8 @@ class Finetuner(Loop[Network]):
         self.say(
             f"{progress.step} steps in {progress.seconds:.0f} s; the weights of step {best_step} were best on "
             f"dev. The run lies in [bold]{place}[/bold].\nNext:\n"
-            f"  python -c \"import d2v_core; print(d2v_core.load_finetuned('{place}'))\""
+            + "".join(f"  {verb.replace('RUN', place)}\n" for verb in task.verbs)
+            + f"  python -c \"import d2v_core; print(d2v_core.load_finetuned('{place}'))\""
         )
 
 
@@ -358,7 +359,9 @@ def load_finetuned(path: str | Path) -> LoadedFinetuned:
     path = Path(path)
     config, kind = run.load_config_of(path)
     if config.stage != "finetune":
-        raise UserError(f"{path} is a run of stage={config.stage}, not of stage=finetune.")
+        train = f" First train it on labels: d2v run stage=finetune from={path} data.path=LABELLED"
+        advice = train if config.stage == "pretrain" else ""
+        raise UserError(f"{path} is a run of stage={config.stage}, not of stage=finetune.{advice}")
     folder = run.best_checkpoint(path)
     objective = _stored_objective(path)
     modality = kind(config)

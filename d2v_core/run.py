@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_core import checkpoint, plugins
-from d2v_core.config import RunConfig, from_dict, read_yaml, run_of
+from d2v_core.config import RunConfig, from_dict, read_yaml, run_folder, run_of
 from d2v_core.contract import FeatureEncoder, Modality
 from d2v_core.data2vec import Data2Vec, Student
 from d2v_core.distributed import local, part_of_whole
@@ -103,20 +103,20 @@ def load_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: s
 
 def newest_checkpoint(run: Path) -> Path:
     """Raises UserError where `run` is no run folder or has no checkpoint yet."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run folder: it has no config.yaml.")
+    run_folder(run)
     found = checkpoint.list_checkpoints(run / "checkpoints")
     if not found:
-        raise UserError(f"{run} has no complete checkpoint in {run / 'checkpoints'}.")
+        raise UserError(
+            f"{run} has no complete checkpoint in {run / 'checkpoints'}: it was stopped before the first. Go on with "
+            f"it: the same command with out={run} resume=auto."
+        )
     return found[-1]
 
 
 def load_config_of(run: Path, given: Mapping[str, str] | None = None) -> tuple[RunConfig, type[Modality[Any]]]:
     """The configuration that a run folder stores, and its modality. given: options that count in place of its own."""
     run = run_of(run, None)
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run} is not a run folder: it has no config.yaml.")
+    path = run_folder(run) / "config.yaml"
     stored = read_yaml(path)
     kind = plugins.load(str(stored.get("modality", "")))
     return replace(from_dict(stored, kind, str(path), given), home=run), kind

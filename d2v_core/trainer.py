@@ -139,13 +139,15 @@ class Trainer(Loop[Data2Vec]):
         student = self.model.student if self.config.launch.strategy == "ddp" else run.load(self.out).student
         summary = self.summary() | probed(self.modality, student, self.console)
         write_json(self.out / "summary.json", summary)
-        place = escape(str(self.out))
+        base: type[Modality[Any]] = Modality
+        place, labelled = escape(str(self.out)), type(self.modality).task is not base.task
         self.say(
             f"{progress.step} steps, {progress.amount:.0f} {self.modality.unit} in {progress.seconds:.0f} s. "
             f"The run lies in [bold]{place}[/bold].\nNext:\n"
             f"  tensorboard --logdir {place}\n"
             f"  d2v run modality={self.modality.name} preset={self.config.preset} from={place} data.path=YOUR_DATA\n"
-            f"  d2v encode {place} YOUR_DATA"
+            + (f"  d2v run stage=finetune from={place} data.path=LABELLED\n" if labelled else "")
+            + f"  d2v encode {place} YOUR_DATA"
         )
 
 

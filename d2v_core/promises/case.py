@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -138,12 +138,17 @@ class Case:
 
     def of(self, samples: list[Any]) -> Mini:
         """These prepared samples with their layouts and inputs."""
-        return Mini(samples, [self.modality.layout(one) for one in samples], self.modality.collate(samples))
+        return Mini(samples, [self.modality.layout(one) for one in samples], collated(self.modality, samples))
 
     @cached_property
     def policy(self) -> MaskingPolicy:
-        """The modality's masking, made once."""
-        return self.modality.masking()
+        """The modality's masking, made once. Raises Broken where it is none."""
+        policy = self.modality.masking()
+        if not callable(cast("Any", policy)):
+            raise Broken(
+                f"masking() gives {form(policy)}; expected a policy such as SpanMasking(config), to be called."
+            )
+        return policy
 
     def masks(self, layouts: Sequence[Layout], num_copies: int, seed: int = 0) -> Masks:
         """Masks of samples with these layouts, of a generator for each that `seed` decides."""
@@ -173,6 +178,27 @@ class Case:
     def visible_only(self) -> bool:
         """Whether the student is given visible tokens only."""
         return self.masks(self.mini.layouts, 1).visible is not None
+
+
+def collated(modality: Modality[Any], samples: list[Any]) -> Mapping[str, Tensor]:
+    """What `collate` makes of prepared samples. Raises Broken where no encoder can be given that."""
+    inputs: Any = modality.collate(samples)
+    if not isinstance(inputs, Mapping):
+        raise Broken(f"collate() gives {form(inputs)}; expected a mapping from names to tensors.")
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise Broken(f"collate() gives {name!r} as {form(value)}; expected a tensor.")
+        if value.shape[:1] != (len(samples),):
+            raise Broken(
+                f"collate() gives {name!r} of shape {shape(value)} for {len(samples)} samples; the first axis is "
+                "theirs."
+            )
+        if value.dtype == torch.float64:
+            raise Broken(
+                f"collate() gives {name!r} as {form(value)}, as NumPy counts, where networks have float32; "
+                "give torch.float32."
+            )
+    return inputs
 
 
 def stir(model: Data2Vec) -> Data2Vec:

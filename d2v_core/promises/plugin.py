@@ -32,6 +32,7 @@ from d2v_core.keyed import generator
 from d2v_core.promises.case import (
     Broken,
     Case,
+    collated,
     form,
 )
 
@@ -166,6 +167,8 @@ def data(case: Case) -> str:
             "expected at least one sample, and sizes of 1 or more."
         )
     first = [dataset.id(i) for i in range(min(len(dataset), 1000))]
+    if not isinstance(cast("Any", first[0]), str):
+        raise Broken(f"dataset.id(0) gives {form(first[0])}; expected a str, such as the path of the sample's file.")
     if len(set(first)) < len(first):
         twice = next(one for one in first if first.count(one) > 1)
         raise Broken(
@@ -178,6 +181,7 @@ def data(case: Case) -> str:
             "such as its file's path or its number in a fixed order."
         )
     _read_twice(case, again)
+    _cropped(case)
     try:
         pickle.loads(pickle.dumps((modality, dataset, case.policy)))
     except Exception as error:
@@ -191,12 +195,34 @@ def data(case: Case) -> str:
     return f"{len(dataset)} samples"
 
 
+def _cropped(case: Case) -> None:
+    """The longest sample, cropped to the size of the shortest, has no more tokens than that one."""
+    modality, dataset, batching = case.modality, case.dataset, case.modality.batching()
+    size = int(min(dataset.sizes.min(), batching.max_size))
+    short, long = int(dataset.sizes.argmin()), int(dataset.sizes.argmax())
+    if not batching.crop or dataset.sizes[long] == size:
+        return
+    try:
+        expected, found = (
+            modality.layout(modality.prepare(dataset[index], size, generator(0, "prepare", index))).num_tokens
+            for index in (short, long)
+        )
+    except BadSample:
+        return
+    if found > expected:
+        raise Broken(
+            f"prepare() leaves {found} tokens of sample {dataset.id(long)!r} when it is asked for size {size}, of "
+            f"which {dataset.id(short)!r} has {expected}: steps would take more memory than batching() says. Crop to "
+            "the size, or give Batching(crop=False), with which shorter samples are padded."
+        )
+
+
 def _read_twice(case: Case, again: Dataset[Any]) -> None:
     modality, size = case.modality, int(min(case.dataset.sizes[0], case.modality.batching().max_size))
     for index in range(min(len(case.dataset), 3)):
         try:
             one, two = (
-                modality.collate([modality.prepare(dataset[index], size, generator(0, "prepare", index))])
+                collated(modality, [modality.prepare(dataset[index], size, generator(0, "prepare", index))])
                 for dataset in (case.dataset, again)
             )
         except BadSample:

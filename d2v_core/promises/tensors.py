@@ -4,9 +4,9 @@
 # torch leaves much of what is used here untyped.
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,19 +37,19 @@ def shapes(case: Case) -> str:
     """
     mini, model = case.mini, case.model
     rows = len(mini.samples)
-    for name, value in mini.inputs.items():
-        if not isinstance(cast("Any", value), Tensor):
-            raise Broken(f"collate() gives {name!r} as {form(value)}; expected a tensor.")
-        if value.shape[:1] != (rows,):
-            raise Broken(
-                f"collate() gives {name!r} of shape {shape(value)} for {rows} samples; the first axis is theirs."
-            )
     amount = case.modality.amount(mini.inputs)
     if not 0 < amount < math.inf:
         raise Broken(f"amount() of {rows} samples is {amount}; expected how many {case.modality.unit} they hold.")
     with torch.no_grad():
         tokens = model.student.encoder.embed(mini.inputs)
         _check_tokens(case, tokens)
+        with torch.random.fork_rng(devices=[]):
+            training = copy.deepcopy(model.student.encoder).train().embed(mini.inputs)
+        if apart(training.x, tokens.x) > TOLERANCE:
+            raise Broken(
+                "embed() gives other values in training than in eval mode: it holds dropout, noise or a batch norm. "
+                "The teacher may be given the same tokens, so dropout and noise belong into view()."
+            )
         _check_view(case, tokens, None)
         masks = case.masks(mini.layouts, 2)
         view = _check_view(case, tokens, masks)
@@ -97,7 +97,7 @@ def _check_tokens(case: Case, tokens: Tokens) -> None:
         raise Broken(
             f"embed() marks {int(tokens.padding_mask[row].sum())} tokens of sample {row} as padding, but by layout() "
             f"it has {mini.layouts[row].num_tokens} of {mini.num_tokens}. True = padding, behind the sample's own "
-            "tokens."
+            "tokens; and collate() keeps the order of its samples."
         )
 
 
@@ -174,7 +174,7 @@ def padding(case: Case) -> str:
                         f"In {view}, a sample of {length} tokens gives other values after {stage} when it stands "
                         f"beside one of {width} tokens: {distance:.1e} of their size apart, {TOLERANCE:.0e} is rounding"
                         ". Keep padding out of means, norms and convolutions (set it to zero before each), mark it in "
-                        "padding_mask, and let no sample look at another."
+                        "padding_mask, let no sample look at another, and keep the order of samples in collate()."
                     )
         _padding_in_predictions(model, both, masks)
     if width == length:

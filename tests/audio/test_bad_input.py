@@ -108,7 +108,7 @@ def steps_in(run: Path) -> list[int]:
             "modality=vidio",
             ["There is no modality 'vidio'. Installed: audio, text, vision.", "Did you mean vision or audio?"],
         ),
-        ("modality=", ["modality is missing", "modality=NAME", "Installed: audio"]),
+        ("modality=", ["modality is missing: add modality=NAME", "Installed: audio"]),
         ("preset=tinny", ["preset='tinny' is not one of audio's: base, base2,", "Did you mean tiny?"]),
         ("stage=pretran", ["stage=pretran must be one of: pretrain, finetune, probe.", "Did you mean pretrain?"]),
         ("encoder=logml", ["encoder='logml' is not one of audio's: logmel, waveform.", "Did you mean logmel?"]),
@@ -191,7 +191,7 @@ def test_cuda_without_a_device(d2v: Run, tmp_path: Path) -> None:
     ("words", "fragments"),
     [
         (["rum"], ["'rum' is not a command. There are: run, config, plan, profile, modalities", "Did you mean run?"]),
-        (["run"], ["modality is missing: write for example `d2v run modality=NAME`", "Installed: audio"]),
+        (["run"], ["modality is missing: add modality=NAME", "Installed: audio"]),
         (["run", "modality=audio", "--steps", "5"], ["'--steps' is not of the form key=value", "train.max_steps=100"]),
         (["run", "modality=audio", "seed=1", "seed=2"], ["seed is given twice: '1' and '2'"]),
         (["config", "modality=audio", "optim.lrr=1"], ["optim.lrr is not an option", "Did you mean: 'lr'?"]),
@@ -247,7 +247,7 @@ def test_another_rate_and_two_channels(d2v: Run) -> None:
     clips("telephone", suffix=".wav", rate=8000, channels=2)
     answer = d2v("data.path=telephone", "out=run")
     assert answer.status == 0
-    assert "4 clips, 0.00 h at 16000 Hz; 4 resampled (4 from 8000 Hz)" in answer.out
+    assert "4 clips, 6.0 s at 16000 Hz; 4 resampled (4 from 8000 Hz)" in answer.out
     refused(
         d2v("data.path=telephone", "data.rate_policy=refuse"),
         "4 of 4 files are not at data.sample_rate=16000 Hz, first 0.wav at 8000 Hz",
@@ -320,7 +320,7 @@ def test_several_data_sets(d2v: Run, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for text in (answer.out, summary["data"]):
         assert "speech: 5 clips" in text
-        assert "more, 3 times an epoch: 2 clips, 0.00 h at 16000 Hz; 2 resampled" in text
+        assert "more, 3 times an epoch: 2 clips, 3.0 s at 16000 Hz; 2 resampled" in text
     data = load_config(["stage=finetune", "from=run"])[0].to_dict()["data"]
     assert (data["path"], data["also"], data["repeat"]) == (None, [], [])  # which fine-tuning would refuse
 
@@ -545,8 +545,18 @@ def test_from_something_that_is_no_run(d2v: Run, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for source in ("folder", "nowhere"):
         refused(d2v(f"from={source}", "out=run"), f"{source} is not a run folder: it has no config.yaml")
+    refused(d2v("from=foldr", "out=run"), f"there is no 'foldr' in {tmp_path}. Did you mean 'folder'?")
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    refused(d2v("from=runs/mine", "out=run"), "Give the folder that `d2v run` names when it ends")
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("modality: audio")
+    refused(d2v("from=runs", "out=run"), "Run folders in it: mine")
+    refused(d2v("from=runs/mine/checkpoints", "out=run"), "The folder around it is one: runs/mine")
     (tmp_path / "folder" / "config.yaml").write_text("modality: audio")
-    refused(d2v("from=folder", "out=run"), "folder has no complete checkpoint in folder/checkpoints")
+    refused(
+        d2v("from=folder", "out=run"),
+        "folder has no complete checkpoint in folder/checkpoints",
+        "out=folder resume=auto",
+    )
     assert not (tmp_path / "run").exists()
 
 

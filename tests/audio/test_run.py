@@ -188,7 +188,7 @@ def test_continued_on_files(d2v: Run, speech: Path) -> None:
     d2v("out=first")
     out = d2v("out=second", "from=first", f"data.path={speech}", "optim.lr=1e-9", "optim.weight_decay=0")
     assert "Weights from first/checkpoints/step-00000005; teacher made anew from them." in out
-    assert "12 clips, 0.01 h at 16000 Hz" in out
+    assert "12 clips, 23.0 s at 16000 Hz" in out
     before, after = weights("first"), weights("second")
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
     start = checkpoint.load(checkpoint.list_checkpoints(Path("second/checkpoints"))[-1]).teacher

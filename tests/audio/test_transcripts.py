@@ -217,7 +217,7 @@ def test_what_ctc_cannot_learn_from_is_named_and_left_out_of_training_alone(make
         ([("a.wav", "A", "dev", "s")], [], r"no transcribed clip to train on; train has 0, dev has 1"),
         ([("a.wav", "A", "train", "s")], ["transcripts.column=said"], r"no column transcripts.column=said. Its col"),
         ([("a.wav", "A", "train", "s")], ["data.split=train"], r"data.split=train is for pre-training"),
-        ([("a.wav", "A", "train", "s")], ["labels=1h"], r"labels=1h, but the training part has 0.0 minutes"),
+        ([("a.wav", "A", "train", "s")], ["labels=1h"], r"labels=1h, but the training part has 1\.0 s. Give less"),
         ([("a.wav", "A", "train", "s")], ["labels=3parsecs"], r"labels=3parsecs: expected seconds, minutes or hours"),
     ],
 )  # fmt: skip

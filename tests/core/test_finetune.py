@@ -301,8 +301,14 @@ def test_probe(d2v, pretrained, tmp_path):
     [
         (["stage=finetune", "modality=toy"], "stage=finetune needs from=RUN"),
         (["stage=probe", "from=/nowhere"], "from=/nowhere is not a run folder: it has no config.yaml"),
-        (["modality=toy", "labels=10"], "labels=10 has no meaning for stage=pretrain"),
-        (["modality=toy", "finetune.batch=3"], "finetune.batch=3: stage=pretrain has no section finetune"),
+        (
+            ["modality=toy", "labels=10"],
+            "uses none: leave it out, or add stage=finetune from=RUN",
+        ),
+        (
+            ["modality=toy", "finetune.batch=3"],
+            "stage=pretrain has no section finetune, stage=finetune or stage=probe has",
+        ),
     ],
 )
 def test_what_a_stage_needs(d2v, words, message, tmp_path, monkeypatch):
@@ -340,7 +346,7 @@ def test_a_fine_tuning_run_is_no_source(finetune, d2v, pretrained):
     assert status == 2 and "is itself the folder of stage=finetune: give its pre-training run" in text
     with pytest.raises(UserError, match="it has no teacher"):
         load(out, teacher=True)
-    with pytest.raises(UserError, match="of stage=pretrain, not of stage=finetune"):
+    with pytest.raises(UserError, match=r"of stage=pretrain, not of stage=finetune. First .* from=\S+ data.path"):
         load_classifier(pretrained)
     (out / "task.json").write_text("{")
     with pytest.raises(UserError, match=r"task.json cannot be read"):

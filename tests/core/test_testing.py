@@ -474,7 +474,62 @@ class OpenFile(Toy):
         return data
 
 
+class NumbersForNames(Toy):
+    def dataset(self, split):
+        return _Numbered(self.data)
+
+
+class _Numbered(ToyDataset):
+    def id(self, index):
+        return index
+
+
+class NeverCrops(Toy):
+    def prepare(self, sample, size, rng):
+        return sample
+
+
+class Arrays(Toy):
+    def collate(self, samples):
+        return {name: value.numpy() for name, value in super().collate(samples).items()}
+
+
+class Pair(Toy):
+    def collate(self, samples):
+        return tuple(super().collate(samples).values())
+
+
+class Doubles(Toy):
+    def collate(self, samples):
+        return {name: x.double() if name == "x" else x for name, x in super().collate(samples).items()}
+
+
+class Reversed(Toy):
+    def collate(self, samples):
+        return super().collate(samples[::-1])
+
+
+class DropsContent(Toy):
+    class Encoder(ToyEncoder):
+        def embed(self, inputs):
+            tokens = super().embed(inputs)
+            return replace(tokens, x=nn.functional.dropout(tokens.x, 0.1, self.training))
+
+
+class NoPolicy(Toy):
+    def masking(self):
+        return None
+
+
 FAULTS = [
+    (NumbersForNames, "data", r"dataset.id\(0\) gives int; expected a str"),
+    (NeverCrops, "data", r"prepare\(\) leaves \d+ tokens of sample 'sample-\d+' when .* size 12.*crop=False"),
+    (Arrays, "data", r"collate\(\) gives 'x' as .* float32; expected a tensor"),
+    (Pair, "gradients", r"collate\(\) gives tuple; expected a mapping"),
+    (Doubles, "shapes", r"collate\(\) gives 'x' as .* torch.float64, .* give torch.float32"),
+    (Reversed, "shapes", r"embed\(\) marks .* collate\(\) keeps the order of its samples"),
+    (DropsContent, "shapes", r"embed\(\) gives other values in training than in eval mode.*belong into view"),
+    (NoPolicy, "masks", r"masking\(\) gives NoneType; expected a policy"),
     (OneTooMany, "shapes", r"embed\(\) gives x of shape .* layout\(\) and model.embed_dim .* say"),
     (Halves, "shapes", r"gives x as torch.float16; expected torch.float32"),
     (Upside, "shapes", r"marks \d+ tokens of sample \d as padding, but by layout\(\) it has \d+ of \d+"),

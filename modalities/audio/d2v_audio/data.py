@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2v_audio.feature_encoder import LogMelConfig, LogMelEmbedding, stacked_bands
-from d2v_audio.files import MAX_RATE, BadClip, Clip, ScanReport, read, scan
+from d2v_audio.files import MAX_RATE, BadClip, Clip, ScanReport, duration, read, scan
 from d2v_audio.synthetic import MIN_SAMPLE_RATE, PHONES, SILENCE, SyntheticSpeech, frame_labels
 from d2v_core.config import opt
 from d2v_core.contract import BadSample, Dataset, Inventory, ProbeTask
@@ -231,7 +231,7 @@ def inventory(config: AudioConfig) -> Inventory:
         bad=report.bad,
         amounts=[clip.num_samples / config.sample_rate for clip in report.clips],
         unit="s",
-        total=f"{report.hours():.2f} h",
+        total=duration(report.seconds()),
         notes=report.notes,
     )
 

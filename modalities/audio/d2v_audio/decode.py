@@ -216,7 +216,7 @@ class _FlashlightDecoder:
                 )  # fmt: skip
             except RuntimeError as error:  # what KenLM throws
                 reason = str(error).splitlines()[-1]
-                raise UserError(f"LM={lm} cannot be read by KenLM: {reason}. Make or fetch it again.") from None
+                raise UserError(f"lm={lm} cannot be read by KenLM: {reason}. Make or fetch it again.") from None
 
     def weighted(self, lm_weight: float, word_score: float, sil_score: float) -> Decoder:
         config = replace(self._config, lm_weight=lm_weight, word_score=word_score, sil_score=sil_score)
@@ -259,7 +259,7 @@ def is_binary(lm: str | Path) -> bool:
     """Whether a file is of KenLM's binary format. Raises UserError where it is no file."""
     path = existing(lm, "an ARPA file", "LM")
     if path.is_dir():
-        raise UserError(f"LM={lm} is a folder; give an ARPA file.")
+        raise UserError(f"lm={lm} is a folder; give an ARPA file.")
     with open(path, "rb") as file:
         return file.read(len(KENLM_BINARY)) == KENLM_BINARY
 
@@ -274,7 +274,7 @@ def _unpacked(path: Path, folder: Path) -> Path:
         with gzip.open(path, "rb") as source, open(unpacked, "wb") as target:
             shutil.copyfileobj(source, target)
     except (OSError, EOFError) as error:
-        raise UserError(f"LM={path} cannot be unpacked ({error}); fetch or make it again.") from error
+        raise UserError(f"lm={path} cannot be unpacked ({error}); fetch or make it again.") from error
     return unpacked
 
 
@@ -286,7 +286,7 @@ def _spellable(lexicon: Lexicon, lm: str | Path | None) -> None:
         missing = first([f"{letter} (in {count} words)" for letter, count in counts.most_common()], ", ")
         raise UserError(
             f"{lost} of {lost + kept} words ({100 * lost / (lost + kept):.0f} %) of "
-            + ("the lexicon" if lm is None else f"the lexicon or LM={lm}")
+            + ("the lexicon" if lm is None else f"the lexicon or lm={lm}")
             + f" have letters that the network's vocabulary lacks: {missing}. Are both in the same case and script? "
             "`d2v lm train ... case=upper` spells a text anew."
         )
@@ -296,7 +296,7 @@ def _compare(lexicon: Lexicon, words: set[str], lm: str | Path | None, say: Call
     lacking = [word for word in lexicon.words if word not in words]
     if len(lacking) == len(lexicon.words):
         raise UserError(
-            f"LM={lm} knows none of the lexicon's {len(lacking)} words ({first(lacking, ', ')}). Are both in the same "
+            f"lm={lm} knows none of the lexicon's {len(lacking)} words ({first(lacking, ', ')}). Are both in the same "
             "case?"
         )
     if lacking:

@@ -59,6 +59,13 @@ class Clip:
         return self.inside or Source(self.path)
 
 
+def duration(seconds: float) -> str:
+    """In the unit that a person would take: 12.3 s, 4.5 min, 6.78 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.2f} h"
+
+
 @dataclass(frozen=True)
 class ScanReport:
     """What `scan` found; `sample_rate` (Hz) and `min_s` (seconds) are what it was asked for."""
@@ -81,13 +88,13 @@ class ScanReport:
         """Id and reason of every file that was found and is not among the clips."""
         return {**dict(self.bad), **dict.fromkeys(self.short, f"shorter than {self.min_s:g} s")}
 
-    def hours(self, sample_rate: int | None = None) -> float:
-        """Length of all clips; `sample_rate` is the scan's own unless given."""
-        return sum(clip.num_samples for clip in self.clips) / (sample_rate or self.sample_rate) / 3600
+    def seconds(self) -> float:
+        """Length of all clips."""
+        return sum(clip.num_samples for clip in self.clips) / self.sample_rate
 
     def summary(self) -> str:
         """One line of counts, then one with the first unreadable files if there are any."""
-        text = f"{len(self.clips)} clips, {self.hours():.2f} h at {self.sample_rate} Hz"
+        text = f"{len(self.clips)} clips, {duration(self.seconds())} at {self.sample_rate} Hz"
         if self.too_short:
             text += f"; {self.too_short} dropped as shorter than data.min_s={self.min_s:g} s"
         if self.resampled:

@@ -22,7 +22,7 @@ from d2v_audio.evaluate import RESULT, EvaluateConfig, chosen, evaluate, read_hy
 from d2v_audio.lm import MAX_ORDER
 from d2v_audio.ngram import arpa_words
 from d2v_audio.words import SearchConfig
-from d2v_core.config import opt, options, read_yaml, run_of
+from d2v_core.config import opt, options, read_yaml, run_folder, run_of
 from d2v_core.contract import Sequel
 from d2v_core.errors import UserError
 from d2v_core.files import existing
@@ -173,9 +173,7 @@ def _source(words: Sequence[str]) -> tuple[Path, list[str]]:
     given = [word for word in words if word.startswith("from=")]
     if len(given) != 1 or given[0] == "from=":
         raise UserError("ladder needs from=RUN, the folder of a pre-training run, once.")
-    source = run_of(Path(given[0].partition("=")[2]), "audio")
-    if not (source / "config.yaml").is_file():
-        raise UserError(f"from={source} is not a run folder: it has no config.yaml.")
+    source = run_folder(run_of(Path(given[0].partition("=")[2]), "audio"), "from=")
     rest = [word for word in words if word not in given]
     _refuse_own(rest)
     return source, rest

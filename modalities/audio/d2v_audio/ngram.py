@@ -122,12 +122,12 @@ def open_arpa(path: str | Path) -> BinaryIO:
     """The bytes of a language model's file, unpacked. Raises UserError where it is none that can be read as text."""
     file = existing(path, "an ARPA file", "LM")
     if file.is_dir():
-        raise UserError(f"LM={path} is a folder; give an ARPA file.")
+        raise UserError(f"lm={path} is a folder; give an ARPA file.")
     with open(file, "rb") as raw:
         head = raw.read(len(KENLM_BINARY))
     if head == KENLM_BINARY:
         raise UserError(
-            f"LM={path} is KenLM's binary format, which only KenLM reads: `pip install 'd2v[decode]'`, or give the "
+            f"lm={path} is KenLM's binary format, which only KenLM reads: `pip install 'd2v[decode]'`, or give the "
             "ARPA file it was made from."
         )
     return gzip.open(file, "rb") if head[:2] == b"\x1f\x8b" else open(file, "rb")  # pyright: ignore[reportReturnType]
@@ -136,7 +136,7 @@ def open_arpa(path: str | Path) -> BinaryIO:
 def _specials(path: str | Path, ids: dict[str, int], unigrams: dict[State, tuple[float, float]]) -> None:
     for word in (BOS, EOS):
         if word not in ids:
-            raise UserError(f"LM={path} has no {word} among its 1-grams: it cannot say where sentences begin and end.")
+            raise UserError(f"lm={path} has no {word} among its 1-grams: it cannot say where sentences begin and end.")
     if UNK not in ids:  # some tools write <UNK>
         same = ids.pop(UNK.upper(), None)
         if same is None:
@@ -157,7 +157,8 @@ class _Reader:
 
     def fail(self, what: str) -> NoReturn:
         raise UserError(
-            f"LM={self._path}, line {self._number}: {what}. The file is no whole ARPA file; fetch or make it again."
+            f"lm={self._path}, line {self._number}: {what}. The file is no whole ARPA file: fetch it again, or "
+            "make one of a text by `d2v lm train TEXT out=FILE.arpa`."
         )
 
     def header(self) -> list[int]:

@@ -24,7 +24,7 @@ from d2v_audio.classification import (
     speakers,
 )
 from d2v_audio.data import AudioConfig, AudioSample, normalise, scan_data
-from d2v_audio.files import Clip, ScanReport, table_columns
+from d2v_audio.files import Clip, ScanReport, duration, table_columns
 from d2v_audio.letters import UNK, Letters, normal
 from d2v_audio.synthetic import SyntheticSpeech
 from d2v_audio.wer import letter_edits, total, word_edits
@@ -150,8 +150,8 @@ def open_transcription(modality: AudioModality) -> Task[AudioSample]:
             )
         if odd := [clip.id for clip, text in found.parts[name] if letters.unknown(text)]:
             found.notes.append(
-                f"{len(odd)} transcripts of {name} have letters outside the vocabulary, which count as errors: "
-                f"{first(odd, ', ')}"
+                f"{len(odd)} of {len(found.parts[name])} transcripts of {name} have letters outside the vocabulary, "
+                f"which count as errors: {first(odd, ', ')}"
             )
     found.notes.append(_vocabulary(letters))
     whole = replace(found.report, clips=tuple(clip for part in found.parts.values() for clip, _ in part))
@@ -202,6 +202,7 @@ def _task(
     return Task(
         name=name, classes=(), metrics=("wer", "cer"), train=train, dev=dev, test=test, symbols=letters.symbols,
         score=score, show=show, choose=choose, left_out=left_out,
+        verbs=("d2v evaluate RUN", "d2v transcribe RUN FILES"),
     )  # fmt: skip
 
 
@@ -261,9 +262,11 @@ def read_transcribed(data: AudioConfig, config: TranscriptsConfig, split_column:
         raise UserError(f"data.path={given} is one file: expected {EXPECTED}.")
     found = Found(report)
     if not any(clip.transcript for clip, _ in named):
+        tables = sorted(str(table) for table in path.glob("*.tsv"))
         raise UserError(
             f"data.path={given} has {len(named)} clips but no transcript among them. Expected *.trans.txt files as in "
             "LibriSpeech, a table with a column transcript or text, or a fairseq manifest NAME.tsv with NAME.ltr."
+            + (f" Tables in it, to be given as data.path: {first(tables, ', ')}." if tables else "")
         )
     missing = {clip.id: "no transcript" for clip, _ in named if not _text(clip, config)}
     found.leave_out(missing, "without a transcript")
@@ -452,7 +455,9 @@ def choose_seconds(
     if limit <= 0:
         raise UserError(f"labels={labels} is nothing: give more.")
     if limit > MORE_THAN_THERE * there:
-        raise UserError(f"labels={labels}, but the training part has {there / 60:.1f} minutes.")
+        raise UserError(
+            f"labels={labels}, but the training part has {duration(there)}. Give less, or leave labels out for all."
+        )
     rng = generator(seed, "labels")
     queues: dict[str, list[int]] = {}
     for i in map(int, rng.permutation(len(names))):
