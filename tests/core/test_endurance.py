@@ -64,13 +64,17 @@ def test_a_long_run_does_not_grow(environment: dict[str, str], tmp_path: Path) -
     while process.poll() is None:
         taken.append((last_step(out / "metrics.jsonl"), use_of(process.pid)))
         time.sleep(0.25)
-    assert process.returncode == 0, process.communicate()[1]
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
 
     def between(first: float, end: float) -> Use:
-        within = [astuple(use) for step, use in taken if first * STEPS <= step < end * STEPS]
+        """Memory as a rule; of the others the least, since files are opened and closed, processes end with epochs."""
+        within = [use for step, use in taken if first * STEPS <= step < end * STEPS]
         assert len(within) >= 10, "measured too seldom"
-        return Use(*map(statistics.median, zip(*within, strict=True)))
+        memory, *counts = zip(*map(astuple, within), strict=True)
+        return Use(statistics.median(memory), *map(min, counts))
 
-    early, late = between(0.1, 0.2), between(0.9, 1.0)
-    assert (late.files, late.threads, late.processes) == (early.files, early.threads, early.processes), (early, late)
+    early, late = between(0.1, 0.3), between(0.8, 1.0)
+    assert late.files <= early.files and late.threads <= early.threads, (early, late)
+    assert late.processes <= early.processes, (early, late)
     assert late.memory <= 1.02 * early.memory, (early, late)
