@@ -751,6 +751,8 @@ def _merge(
         where = "the command line"
         node = OmegaConf.merge(node, _given(schema, _rename(values)))
         flat = cast("Any", OmegaConf.to_object(node))
+    except TypeError as error:  # of merge
+        raise UserError(f"In {where}: a list stands where a mapping is meant, or the reverse: {error}.") from None
     except OmegaConfBaseException as error:
         raise UserError(
             f"In {where}: {_reason(error, schema, base if where == source else _rename(values))}"
@@ -759,6 +761,7 @@ def _merge(
             )
             + f"\n`d2v config modality={modality.name}` lists every option with its meaning."
         ) from None
+    _check_lists(flat)
     return check(
         RunConfig(
             **{
@@ -769,6 +772,20 @@ def _merge(
             sections={name: getattr(flat, name) for name in own},
         )
     )
+
+
+def _check_lists(flat: Any) -> None:
+    """Raises UserError for a list or mapping inside a list of plain values: OmegaConf does not look at such items."""
+    for section in dataclasses.fields(flat):
+        options = getattr(flat, section.name)
+        for option in dataclasses.fields(options) if dataclasses.is_dataclass(options) else ():
+            value = getattr(options, option.name)
+            if isinstance(value, list):
+                for item in cast("list[Any]", value):
+                    if isinstance(item, (list, dict)):
+                        raise UserError(
+                            f"{section.name}.{option.name}={value}: {item} is no plain value; give a list like [A,B]."
+                        )
 
 
 def _sections(modality: type[Modality[Any]], encoder: str, method: str) -> dict[str, type]:

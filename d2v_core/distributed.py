@@ -303,6 +303,8 @@ def _join(config: RunConfig) -> Processes:
         )
     timeout = timedelta(minutes=launch.timeout)
     store, _, _ = next(iter(_torch.rendezvous("env://", timeout=timeout)))
+    # Processes that are started again find the store of those before them, with their addresses still in it.
+    store = _torch.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # Numbers that the host needs travel by gloo, also beside NCCL: no GPU has to be waited for.
     _torch.init_process_group(
         "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo", store=store, rank=rank, world_size=count, timeout=timeout

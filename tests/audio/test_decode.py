@@ -195,6 +195,18 @@ def test_lexicon(tmp_path: Path):
         read_lexicon(path, letters)
 
 
+def test_a_model_of_words_alone_is_for_the_search_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """KenLM refuses it."""
+    monkeypatch.setattr(decode, "flashlight_missing", lambda with_lm=True: None)
+    path, said = tmp_path / "1gram.arpa", list[str]()
+    words = "".join(f"-1\t{word}\n" for word in ("<s>", "</s>", "<unk>", "sea"))
+    path.write_text(f"\\data\\\nngram 1=4\n\n\\1-grams:\n{words}\n\\end\\\n")
+    assert make_decoder(LETTERS, DecodeConfig(), path, say=said.append).name == "builtin"
+    assert "KenLM wants pairs too" in said[0]
+    with pytest.raises(UserError, match=r"KenLM wants pairs too\. Take engine=builtin"):
+        make_decoder(LETTERS, DecodeConfig(engine="flashlight"), path)
+
+
 def test_the_choice_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     monkeypatch.setattr(decode, "flashlight_missing", lambda with_lm=True: "it is not installed")

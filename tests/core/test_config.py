@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from omegaconf import OmegaConf
@@ -199,6 +200,21 @@ def test_what_types_cannot_say(word: str, message: str):
 
     text = error_of(word)
     assert "This configuration cannot work" in text and re.search(message.replace("?", r"\?"), text), text
+
+
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        ([{"a": 1}, 0.98], r"optim.betas=\[\{'a': 1\}, 0.98\]: \{'a': 1\} is no plain value"),
+        ([0.9, [1]], r"optim.betas=\[0.9, \[1\]\]: \[1\] is no plain value"),
+        ({"a": 1}, "In there: a list stands where a mapping is meant, or the reverse"),
+    ],
+)
+def test_a_stored_configuration_with_something_else_in_a_list(betas: object, message: str):
+    config, kind = load_config(["modality=toy"])
+    stored = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(config.to_yaml())))
+    with pytest.raises(UserError, match=message):
+        from_dict(stored | {"optim": stored["optim"] | {"betas": betas}}, kind, "there")
 
 
 def test_tri_stage_needs_room_and_an_end_above_zero():

@@ -466,8 +466,7 @@ def test_a_killed_process_ends_the_run_within_half_a_minute_and_is_named(environ
         assert f"out={out} resume=auto" in text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("by", ["torchrun", "d2v"])
+@pytest.mark.parametrize("by", [pytest.param("torchrun", marks=pytest.mark.slow), "d2v"])
 def test_processes_that_are_started_again_go_on_to_the_same_end(d2v, read_run, environment, tmp_path: Path, by: str):
     straight, out = tmp_path / "straight", tmp_path / "run"
     own = ["launch.processes=2", "launch.max_restarts=1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import subprocess
 import sys
 from itertools import pairwise
@@ -70,7 +71,7 @@ def test_what_is_given_back_is_there_again():
 
 
 REAL = """
-import ctypes, json, random
+import ctypes, json, random, sys
 from d2v_core.memory import Heap, return_only_large_blocks
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in
@@ -83,7 +84,7 @@ def taken(size):
     place = ctypes.c_void_p()
     assert libc.posix_memalign(ctypes.byref(place), 64, ctypes.c_size_t(size)) == 0
     return place
-before, heap, alive, rng = libc.mallinfo2(), Heap(), {}, random.Random(1)
+before, heap, alive, rng = libc.mallinfo2(), Heap(), {}, random.Random(int(sys.argv[1]))
 sizes, most = {}, 0
 for step in range(40):  # activations that are kept, temporaries, and gradients in between, as a training step has them
     for key in range(60):
@@ -105,10 +106,14 @@ print(json.dumps([after.arena - before.arena, heap.longest, most]))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is what is modelled")
 def test_it_grows_as_the_real_one():
-    done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, check=False)
-    if "mallinfo2" in done.stderr:
-        pytest.skip("this C library does not tell how long its heap is")
-    assert done.returncode == 0, done.stderr
-    real, modelled, alive = json.loads(done.stdout)
-    assert alive < modelled < real * 1.2
-    assert modelled == pytest.approx(real, rel=0.2)
+    """The median of five: how a heap breaks up depends on what the process had in it before."""
+    ratios: list[float] = []
+    for seed in range(5):
+        done = subprocess.run([sys.executable, "-c", REAL, str(seed)], capture_output=True, text=True, check=False)
+        if "mallinfo2" in done.stderr:
+            pytest.skip("this C library does not tell how long its heap is")
+        assert done.returncode == 0, done.stderr
+        real, modelled, alive = json.loads(done.stdout)
+        assert alive < modelled < real * 1.2
+        ratios.append(modelled / real)
+    assert statistics.median(ratios) == pytest.approx(1.0, abs=0.2), ratios

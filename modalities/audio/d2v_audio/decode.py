@@ -21,7 +21,7 @@ from torch import Tensor
 
 from d2v_audio.beam import Entry, Options, build_trie, search, trace
 from d2v_audio.letters import BLANK, BOUNDARY, Letters, Lexicon, lexicon_of
-from d2v_audio.ngram import KENLM_BINARY, NGramModel, arpa_words, read_arpa
+from d2v_audio.ngram import KENLM_BINARY, NGramModel, arpa_order, arpa_words, read_arpa
 from d2v_core.config import opt
 from d2v_core.errors import UserError
 from d2v_core.files import existing, first
@@ -148,6 +148,10 @@ def without_flashlight(config: DecodeConfig, lm: str | Path | None, binary: bool
     missing = flashlight_missing(lm is not None)
     if config.engine == "flashlight" and missing:
         raise UserError(f"engine=flashlight: {missing}. `pip install 'd2v[decode]'`, or take engine=builtin.")
+    if config.engine != "builtin" and lm is not None and not binary and Path(lm).is_file() and arpa_order(lm) == 1:
+        missing = f"lm={lm} has words alone, KenLM wants pairs too"
+        if config.engine == "flashlight":
+            raise UserError(f"engine=flashlight: {missing}. Take engine=builtin, or an LM of a higher order.")
     if binary and (config.engine == "builtin" or missing):
         raise UserError(
             f"LM={lm} is KenLM's binary format, which the built-in search cannot read"

@@ -118,6 +118,12 @@ def arpa_words(path: str | Path) -> list[str]:
     return [word for word in words if word not in (BOS, EOS, UNK, UNK.upper())]
 
 
+def arpa_order(path: str | Path) -> int:
+    """The longest n-grams that an ARPA file announces. Raises UserError where it announces none."""
+    with open_arpa(path) as lines:
+        return len(_Reader(path, lines).header())
+
+
 def open_arpa(path: str | Path) -> BinaryIO:
     """The bytes of a language model's file, unpacked. Raises UserError where it is none that can be read as text."""
     file = existing(path, "an ARPA file", "LM")
