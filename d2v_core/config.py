@@ -878,7 +878,9 @@ def _reason(error: Any, schema: Any, values: Mapping[str, Any]) -> str:
     kind = _type_at(schema, key)
     if kind is None or given is None or "nterpolation" in str(error):
         first = str(error).splitlines()[0].replace("from_run", "from")
-        first = re.sub(r"Key '([^']+)' not in '[^']+'", f"{shown or 'key'} is not an option", first).rstrip(".")
+        # Not as a template: a key may have a backslash in it.
+        what = f"{shown or 'key'} is not an option".replace("\\", r"\\")
+        first = re.sub(r"Key '([^']+)' not in '[^']+'", what, first).rstrip(".")
         return first + (f" (key {shown})" if shown and shown not in first else "") + ("" if "?" in first else ".")
     holder = _type_at(schema, home) if home else schema
     doc = next((str(f.metadata.get("doc", "")) for f in dataclasses.fields(holder) if f.name == leaf), "")

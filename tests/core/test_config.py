@@ -217,6 +217,13 @@ def test_a_stored_configuration_with_something_else_in_a_list(betas: object, mes
         from_dict(stored | {"optim": stored["optim"] | {"betas": betas}}, kind, "there")
 
 
+def test_a_stored_key_with_a_backslash_in_it():
+    config, kind = load_config(["modality=toy"])
+    stored = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(config.to_yaml())))
+    with pytest.raises(UserError, match=r"model\.embed\\kdim is not an option"):
+        from_dict(stored | {"model": stored["model"] | {"embed\\kdim": 4}}, kind, "there")
+
+
 def test_tri_stage_needs_room_and_an_end_above_zero():
     words = ("optim.schedule=tri_stage", "optim.warmup_ratio=0.2", "optim.hold_ratio=0.9", "optim.final_lr_ratio=0")
     text = error_of(*words)
